@@ -1,0 +1,1647 @@
+"""Sweepea: a concurrent scheduling kernel inside pika's event loop.
+
+A program that talks to RabbitMQ waits most of its life: for a message, for a timer,
+for a thread, for a process. This module turns each of these waits into an `await`. It
+is one file, meant to be read from top to bottom; a reader who stops after any chapter
+has understood something whole:
+
+    1. Errors          what can go wrong, and what is merely a cancellation
+    2. Traps           how a coroutine asks the kernel for something
+    3. Tasks           what the kernel remembers about one coroutine
+    4. Waiting rooms   where tasks wait for each other
+    5. Timeouts        deadlines that nest
+    6. The kernel      the ready queue, the timers, the trap table, the turn
+    7. The bridge      pika's callbacks become awaits; connections that come back
+    8. Workers         threads and processes that do the work
+
+The kernel follows Curio (David Beazley, https://github.com/dabeaz/curio): the traps
+have its names, arguments and meanings. What is ours is the pump: the kernel owns no
+poll but lives as a guest in the `IOLoop` of pika, which reads and writes the sockets
+of AMQP in between. Not in here: AMQP frames (pika's), tasks by name (olive_app.py).
+
+Copy this file into your own project if you like; it needs nothing but pika.
+
+Copyright (c) 2026 the Sweepea authors. SPDX-License-Identifier: MIT
+"""
+
+from __future__ import annotations
+
+import atexit
+import heapq
+import inspect
+import logging
+import os
+import pickle
+import queue
+import random
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+import traceback
+import types
+from collections import OrderedDict, deque
+from concurrent.futures import Future
+from selectors import EVENT_READ, EVENT_WRITE
+from typing import Any, Awaitable, Callable, Coroutine, Iterable
+
+import pika
+from pika.adapters.select_connection import IOLoop, SelectConnection
+from pika.exceptions import (
+    AMQPConnectionError, AMQPError, AuthenticationError, ChannelClosedByBroker,
+    ConsumerCancelled, NackError, ProbableAccessDeniedError,
+    ProbableAuthenticationError, UnroutableError)
+
+__version__ = "0.1.0"
+
+log = logging.getLogger("sweepea")
+
+
+# =====================================================================================
+# 1. Errors
+#
+# There are two families. A cancellation is no error: somebody wants the task to end,
+# so it derives from BaseException and passes through every `except Exception`. All
+# else is an ordinary exception. Names and bases are Curio's, so that code written for
+# Curio catches here what it catches there.
+# =====================================================================================
+
+class CurioError(Exception):
+    """Base of the ordinary errors of the kernel."""
+
+
+class CancelledError(BaseException):
+    """Base of all cancellations."""
+
+
+class TaskCancelled(CancelledError):
+    """Somebody called `task.cancel()`."""
+
+
+class TaskTimeout(CancelledError):
+    """The deadline of the innermost `timeout_after` has passed."""
+
+
+class TimeoutCancellationError(CancelledError):
+    """The deadline of an outer `timeout_after` has passed, not this one."""
+
+
+class UncaughtTimeoutError(CurioError):
+    """A TaskTimeout came out of a block to which it did not belong."""
+
+
+class TaskError(CurioError):
+    """The task that was joined crashed; `__cause__` says of what."""
+
+
+class SyncIOError(CurioError):
+    """Synchronous I/O was tried on an object that only knows asynchronous I/O."""
+
+
+class AsyncOnlyError(CurioError):
+    """Something asynchronous was asked for outside of asynchronous code."""
+
+
+class ResourceBusy(CurioError):
+    """Another task waits for the same thing."""
+
+
+class ReadResourceBusy(ResourceBusy):
+    """Another task waits to read from the same file."""
+
+
+class WriteResourceBusy(ResourceBusy):
+    """Another task waits to write to the same file."""
+
+
+class WorkerLost(CurioError):
+    """The worker process died in the middle of the call (exit code or signal)."""
+
+
+class WorkerError(CurioError):
+    """An exception of a worker process that cannot be pickled: its name and text."""
+
+
+# =====================================================================================
+# 2. Traps
+#
+# How does a function stop in the middle, and go on later? `yield` does just that. A
+# coroutine is a generator in other clothes, and a trap is the one place where it
+# really yields: it hands a request to whoever drives it, and is resumed with the
+# answer. As a system call goes from a program to its operating system, a trap goes
+# from a task to the kernel (chapter 6):
+#
+#     async def main():                   kernel
+#         await sleep(1)
+#            |  yield ('trap_sleep', 1)
+#            +--------------------------->  notes the time, runs other tasks ...
+#            <---------------------------+  ... task.send(clock)
+#         (goes on)
+#
+# All of `async` in this file comes down to the one `yield` below.
+# =====================================================================================
+
+@types.coroutine
+def _trap(*request):
+    answer = yield request
+    if isinstance(answer, BaseException):
+        raise answer
+    return answer
+
+
+async def sleep(seconds: float) -> float:
+    """Sleep for so many seconds; 0 gives the turn to the other tasks that are ready.
+
+    Returns the kernel's clock (`time.monotonic()`, seconds) on waking.
+    """
+    return await _trap("trap_sleep", seconds)
+
+
+async def clock() -> float:
+    """Return the kernel's clock in seconds. Nobody else runs in between."""
+    return await _trap("trap_clock")
+
+
+async def current_task() -> Task:
+    """Return the Task that is running, the caller's own."""
+    return await _trap("trap_get_current")
+
+
+async def spawn(corofunc: Callable[..., Coroutine] | Coroutine, *args: Any,
+                daemon: bool = False) -> Task:
+    """Start `corofunc(*args)` as a task of its own, concurrently; return that Task.
+
+    A `daemon` task runs for ever in the background; nobody is expected to join it.
+    """
+    task = await _trap("trap_spawn", _coroutine(corofunc, args))
+    task.daemon = daemon
+    return task
+
+
+async def _read_wait(fileobj) -> None:
+    await _trap("trap_io", fileobj, EVENT_READ, "READ_WAIT")
+
+
+async def _write_wait(fileobj) -> None:
+    await _trap("trap_io", fileobj, EVENT_WRITE, "WRITE_WAIT")
+
+
+async def _io_release(fileobj) -> None:
+    await _trap("trap_io_release", fileobj)
+
+
+async def _future_wait(future) -> Any:
+    await _trap("trap_future_wait", future, None)
+    return future.result()
+
+
+async def _get_kernel() -> Kernel:
+    return await _trap("trap_get_kernel")
+
+
+def _coroutine(corofunc, args) -> Coroutine:
+    """Take a coroutine as it is; make one of a coroutine function and its arguments."""
+    coro = corofunc if inspect.iscoroutine(corofunc) else corofunc(*args)
+    if not hasattr(coro, "send"):
+        raise TypeError(f"{corofunc!r} is not a coroutine function, nor a coroutine")
+    return coro
+
+
+# =====================================================================================
+# 3. Tasks
+#
+# A coroutine knows where it stopped and nothing else. The kernel has to know more:
+# what the task waits for, how to get it out of there, who waits for its end. This is
+# that record. Most tasks never use most of it, so the defaults stand in the class and
+# a new task writes down four things only; it makes spawning twice as fast.
+# =====================================================================================
+
+class Task:
+    """One coroutine under the kernel's care. Made by `spawn`, not by hand."""
+
+    _last_id = 0
+
+    daemon = False          # nobody will join it
+    state = "INITIAL"       # for people: what it waits for
+    cycles = 0              # how often it was given the processor
+    cancel_func = None      # takes it out of where it waits; None if it does not wait
+    future = None           # the future it waits for: answers of others are stale
+    sleep = None            # when it wakes from `sleep` (kernel's clock)
+    timeout = None          # when its `timeout_after` ends (kernel's clock)
+    joining = None          # the waiting room of those that wait for its end
+    cancelled = None        # has been cancelled (once is enough)
+    cancel_pending = None   # a cancellation that could not be delivered yet
+    allow_cancel = True     # False inside `disable_cancellation`
+    terminated = False
+    joined = False          # somebody took notice of its end
+    _trap_result = None     # the answer to give when it runs next
+    _last_io = None         # (fd, event) that is still registered though it runs
+    _result = None
+    _exception = None
+
+    def __init__(self, coro: Coroutine, parent: Task | None = None) -> None:
+        Task._last_id = self.id = Task._last_id + 1
+        self.parentid = parent and parent.id
+        self.coro = coro
+        self.send = coro.send
+
+    @property
+    def name(self) -> str:
+        """The coroutine's qualified name, unless another one was set."""
+        return self.__dict__.get("name") or getattr(
+            self.coro, "__qualname__", str(self.coro))
+
+    @name.setter
+    def name(self, name: str) -> None:
+        self.__dict__["name"] = name
+
+    @property
+    def _deadlines(self) -> list[float | None]:
+        """The stack of deadlines that `timeout_after` keeps; made when first used."""
+        return self.__dict__.setdefault("deadlines", [])
+
+    def __repr__(self) -> str:
+        return f"Task(id={self.id}, name={self.name!r}, state={self.state!r})"
+
+    async def wait(self) -> None:
+        """Wait until the task has ended, however it ends."""
+        if not self.terminated:
+            if self.joining is None:
+                self.joining = SchedBarrier()
+            await self.joining.suspend("TASK_JOIN")
+
+    async def join(self) -> Any:
+        """Wait until the task has ended and return its result.
+
+        Raises TaskError, with the task's own exception as `__cause__`, if it crashed.
+        """
+        await self.wait()
+        self.joined = True
+        if self._exception is not None:
+            raise TaskError("Task crash") from self._exception
+        return self._result
+
+    async def cancel(self, *, exc: type[BaseException] | BaseException = TaskCancelled,
+                     blocking: bool = True) -> None:
+        """Raise `exc` in the task where it waits; wait for its end if `blocking`.
+
+        A task that does not wait just now gets it as soon as it does. A task may clean
+        up, even await things, on its way out; a second cancel does not disturb that.
+        """
+        self.joined = True
+        if not self.terminated:
+            await _trap("trap_cancel_task", self, exc)
+            if blocking:
+                await self.wait()
+
+    @property
+    def result(self) -> Any:
+        """What the coroutine returned; raises what it raised. RuntimeError if alive."""
+        if self.exception is not None:
+            raise self._exception
+        return self._result
+
+    @result.setter
+    def result(self, value: Any) -> None:
+        self._result = value
+
+    @property
+    def exception(self) -> BaseException | None:
+        """What the coroutine raised, or None. RuntimeError if it has not ended."""
+        if not self.terminated:
+            raise RuntimeError("Task not terminated")
+        return self._exception
+
+    @exception.setter
+    def exception(self, exc: BaseException) -> None:
+        self._exception = exc
+
+
+class disable_cancellation:
+    """`async with disable_cancellation():` keeps cancellations out of the block.
+
+    One that comes meanwhile is kept, and raised at the first trap that waits after it.
+    """
+
+    async def __aenter__(self) -> None:
+        self._task = await current_task()
+        self._before, self._task.allow_cancel = self._task.allow_cancel, False
+
+    async def __aexit__(self, *exc_info) -> None:
+        self._task.allow_cancel = self._before
+
+
+# =====================================================================================
+# 4. Waiting rooms
+#
+# Tasks wait for each other: for a lock, an item, an event, an end. All of these need
+# two things of the kernel, a room to sit down in and somebody who calls the next one.
+# A room is an object with two methods that only the kernel calls: `_kernel_suspend`
+# seats a task and returns the function that takes it out again (a cancellation in the
+# middle of the row must not disturb the others); `_kernel_wake` calls up to n tasks.
+#
+# Once called, a task is on the ready queue and cannot be cancelled there: whoever
+# cancels it then is noted, and has to wait until the task waits again. So a wake-up
+# is never swallowed by a task that dies with it.
+# =====================================================================================
+
+class SchedFIFO:
+    """A waiting room that calls its tasks in the order of their arrival."""
+
+    def __init__(self) -> None:
+        # the one standard container that is a queue from whose middle one can leave
+        self._tasks: OrderedDict[Task, None] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def _kernel_suspend(self, task: Task) -> Callable[[], Any]:
+        self._tasks[task] = None
+        return lambda: self._tasks.pop(task)
+
+    def _kernel_wake(self, ntasks: int = 1) -> list[Task]:
+        return [self._tasks.popitem(last=False)[0]
+                for _ in range(min(ntasks, len(self._tasks)))]
+
+    async def suspend(self, reason: str = "SUSPEND") -> None:
+        """Sit down in the room until called."""
+        await _trap("trap_sched_wait", self, reason)
+
+    async def wake(self, n: int = 1) -> None:
+        """Call the next n tasks."""
+        await _trap("trap_sched_wake", self, n)
+
+
+class SchedBarrier(SchedFIFO):
+    """A waiting room that calls everybody at once."""
+
+    async def wake(self, n: int | None = None) -> None:
+        """Call n tasks, or all."""
+        await super().wake(len(self) if n is None else n)
+
+
+class Event:
+    """A flag that tasks wait for."""
+
+    def __init__(self) -> None:
+        self._set = False
+        self._waiting = SchedBarrier()
+
+    def is_set(self) -> bool:
+        """Whether the flag is up."""
+        return self._set
+
+    def clear(self) -> None:
+        """Take the flag down; who comes to wait after this waits."""
+        self._set = False
+
+    async def set(self) -> None:
+        """Put the flag up and wake all that wait for it."""
+        self._set = True
+        await self._waiting.wake()
+
+    async def wait(self) -> None:
+        """Wait until the flag is up."""
+        if not self._set:
+            await self._waiting.suspend("EVENT_WAIT")
+
+
+class Semaphore:
+    """So many permits; who finds none waits. `async with` takes and returns one.
+
+    A permit that is returned while others wait is handed to the first of them and never
+    lies about in between, so that nobody who comes later can snatch it.
+    """
+
+    def __init__(self, value: int = 1) -> None:
+        self.value = value
+        self._waiting = SchedFIFO()
+
+    async def acquire(self) -> None:
+        """Take a permit, waiting for one if need be."""
+        if self.value > 0:
+            self.value -= 1
+        else:
+            await self._waiting.suspend("SEMA_ACQUIRE")
+
+    async def release(self) -> None:
+        """Return a permit."""
+        if self._waiting:
+            await self._waiting.wake()
+        else:
+            self.value += 1
+
+    async def __aenter__(self) -> None:
+        await self.acquire()
+
+    async def __aexit__(self, *exc_info) -> None:
+        await self.release()
+
+
+class Queue:
+    """Items in order, from tasks to tasks; `maxsize` 0 means no limit.
+
+    Two semaphores make a queue (Dijkstra's bounded buffer, EWD 123): one counts the
+    items, one the free places.
+    """
+
+    def __init__(self, maxsize: int = 0) -> None:
+        self._items: deque = deque()
+        self._filled = Semaphore(0)
+        self._free = Semaphore(maxsize or sys.maxsize)
+
+    def qsize(self) -> int:
+        """How many items lie in the queue."""
+        return len(self._items)
+
+    async def put(self, item: Any) -> None:
+        """Add an item, waiting for a free place if need be."""
+        await self._free.acquire()
+        self._items.append(item)
+        await self._filled.release()
+
+    async def get(self) -> Any:
+        """Take the oldest item, waiting for one if need be."""
+        await self._filled.acquire()
+        item = self._items.popleft()
+        await self._free.release()
+        return item
+
+
+# =====================================================================================
+# 5. Timeouts
+#
+# The kernel knows one deadline per task, the earliest. Deadlines nest, so each block
+# puts its own on the task's stack, and remembers which one was in force before:
+#
+#     async with timeout_after(5):            stack: [5]       in force: 5
+#         async with timeout_after(9):        stack: [5, 9]    in force: 5
+#             await something()      <-- at 5 the kernel raises TaskTimeout here
+#
+# As the exception travels outwards every block asks the same question: which is the
+# outermost block whose time is up? If it is this one, it is my TaskTimeout. If it is
+# one further out, I am only in its way: the exception goes on, under the name of
+# TimeoutCancellationError, so that nobody in between takes it for his own. If it is
+# none, a timeout has come out of a block where it should have been caught.
+# =====================================================================================
+
+class _Timeout:
+    """What `timeout_after` and `ignore_after` return without a coroutine."""
+
+    def __init__(self, seconds: float | None, ignore: bool, timeout_result: Any = None):
+        self._seconds = seconds
+        self._ignore = ignore
+        self._timeout_result = timeout_result
+        self.expired = False
+        self.result = True
+
+    async def __aenter__(self) -> _Timeout:
+        self._task = await current_task()
+        deadline = self._seconds
+        if deadline is not None:
+            deadline += await clock()
+        self._task._deadlines.append(deadline)
+        self._earlier = await _trap("trap_set_timeout", deadline)
+        return self
+
+    async def __aexit__(self, kind, exc, tb) -> bool:
+        now = await _trap("trap_unset_timeout", self._earlier)
+        deadlines = self._task._deadlines
+        mine = len(deadlines) - 1
+        try:
+            if kind not in (TaskTimeout, TimeoutCancellationError):
+                if kind is None and deadlines[mine] is not None and now > deadlines[mine]:
+                    log.warning("%r ended well, but %.3f s after its timeout: it did not "
+                                "wait in between", self._task, now - deadlines[mine])
+                return False
+            expired = [n for n, deadline in enumerate(deadlines)
+                       if deadline is not None and deadline <= exc.args[0]]
+            if not expired:
+                raise UncaughtTimeoutError("Uncaught timeout received") from exc
+            if expired[0] < mine:
+                if kind is TimeoutCancellationError:
+                    return False
+                raise TimeoutCancellationError(exc.args[0]).with_traceback(tb) from None
+            self.expired = True
+            self.result = self._timeout_result
+            if self._ignore or kind is TaskTimeout:
+                return self._ignore
+            raise TaskTimeout(exc.args[0]).with_traceback(tb) from None
+        finally:
+            deadlines.pop()
+
+
+async def _run_within(timeout: _Timeout, corofunc, args) -> Any:
+    coro = _coroutine(corofunc, args)
+    async with timeout:
+        return await coro
+    return timeout.result
+
+
+def timeout_after(seconds: float | None, corofunc=None, *args) -> Any:
+    """Raise TaskTimeout in the calling task once `seconds` have passed.
+
+    `await timeout_after(5, func, *args)` for one call, `async with timeout_after(5):`
+    for a block. None means no limit. After Curio's function of the same name.
+    """
+    timeout = _Timeout(seconds, ignore=False)
+    return _run_within(timeout, corofunc, args) if corofunc else timeout
+
+
+def ignore_after(seconds: float | None, corofunc=None, *args,
+                 timeout_result: Any = None) -> Any:
+    """Like `timeout_after`, but the end of the time is no exception.
+
+    The call returns `timeout_result`; the block ends, with `expired` set on the object
+    that `as` gives, and `timeout_result` as its `result` (True otherwise).
+    """
+    timeout = _Timeout(seconds, ignore=True, timeout_result=timeout_result)
+    return _run_within(timeout, corofunc, args) if corofunc else timeout
+
+
+# =====================================================================================
+# 6. The kernel
+#
+# Whoever drives coroutines needs a loop: run what is ready, find out what has become
+# ready since, and again. pika has such a loop, its IOLoop, and it must go on turning,
+# for it is there that AMQP is read, written and kept alive by heartbeats. So the
+# kernel brings no second one. It is a guest that asks pika's loop for three things:
+#
+#                      +----------------- pika's IOLoop ------------------+
+#      sockets ------->|  poll  --> handlers --> callbacks --> timers --+  |
+#                      |   ^                                           |  |
+#                      |   +-------------------------------------------+  |
+#                      +------+--------------------+---------------+------+
+#                  add_handler|  add_callback_threadsafe|  call_later|
+#                             v                    v               v
+#                      tasks that wait      tasks woken by     the turn: runs all
+#                      for a file           other threads      that is ready
+#
+# A turn (`_turn`) is one callback. It runs what is ready, and what becomes ready of
+# that, for one millisecond at most; then pika's loop is at liberty again. A thousand
+# coroutines that never sleep delay a heartbeat by a millisecond. But one coroutine
+# that computes without ever reaching a trap blocks everything, as it does in every
+# event loop; the kernel can only say which one it was (`BLOCKED`).
+# =====================================================================================
+
+SLICE = 0.001           # seconds that a turn may last before pika has its turn
+BLOCKED = 0.5           # seconds without a trap after which a task is named in the log
+SHUTDOWN_GRACE = 5.0    # seconds that a cancelled task has, at shutdown, to go
+
+_SUSPENDED = object()   # what a trap answers if the task has to wait
+
+
+class Kernel:
+    """Runs coroutines on pika's IOLoop. After Curio's class of the same name.
+
+    `loop` is the IOLoop to live in (made if not given; the kernel closes it at
+    shutdown), `taskcls` the class of its tasks.
+    """
+
+    def __init__(self, *, loop: IOLoop | None = None, taskcls: type = Task) -> None:
+        self.loop = loop or IOLoop()
+        self._taskcls = taskcls
+        self._tasks: dict[int, Task] = {}
+        self._ready: deque[Task] = deque()
+        self._timers: list[tuple[float, int, str]] = []     # (clock, task id, kind)
+        self._sweep_at = 1000                               # see _set_timer
+        self._files: dict[int, tuple[Any, dict[int, Task]]] = {}    # see _watch
+        self._woken: deque = deque()                        # see _wake
+        self._waking = False
+        self._current: Task | None = None
+        self._main: Task | None = None
+        self._turn_at = float("inf")                        # see _arm
+        self._turn_handle = None
+        self._running = False
+        self._shutdown_funcs: list[Callable[[], Any]] | None = []
+        self._traps: dict[str, Callable] = {
+            "trap_io": self._trap_io,
+            "trap_io_release": self._trap_io_release,
+            "trap_io_waiting": self._trap_io_waiting,
+            "trap_future_wait": self._trap_future_wait,
+            "trap_spawn": self._trap_spawn,
+            "trap_cancel_task": self._trap_cancel_task,
+            "trap_sleep": self._trap_sleep,
+            "trap_sched_wait": self._trap_sched_wait,
+            "trap_sched_wake": self._trap_sched_wake,
+            "trap_clock": time.monotonic,
+            "trap_set_timeout": self._trap_set_timeout,
+            "trap_unset_timeout": self._trap_unset_timeout,
+            "trap_get_kernel": lambda: self,
+            "trap_get_current": lambda: self._current,
+        }
+
+    # -- driving it --------------------------------------------------------------------
+
+    def run(self, corofunc: Callable[..., Coroutine] | Coroutine | None = None,
+            *args: Any, shutdown: bool = False) -> Any:
+        """Run `corofunc(*args)` until it ends; return its result or raise its exception.
+
+        Other tasks stay where they are and go on with the next `run`. Without a
+        coroutine: one pass over whatever is ready and due. With `shutdown=True`: cancel
+        every task, newest first, and close the kernel for good.
+
+        Raises RuntimeError if the kernel is running already, or was shut down.
+        """
+        if self._shutdown_funcs is None:
+            raise RuntimeError("this kernel was shut down or has crashed: make a new one")
+        if self._running:
+            raise RuntimeError("this kernel is running already")
+        main = self._spawn(_coroutine(corofunc, args)) if corofunc else None
+        try:
+            if main or not shutdown:
+                self._drive(main)
+        finally:
+            if shutdown and self._shutdown_funcs is not None:
+                self._drive(self._spawn(self._cancel_all()))
+                self._close()
+        if main:
+            main.joined = True
+            return main.result
+
+    def __enter__(self) -> Kernel:
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        if self._shutdown_funcs is not None:
+            self.run(shutdown=True)
+
+    def _call_at_shutdown(self, func: Callable[[], Any]) -> None:
+        self._shutdown_funcs.append(func)
+
+    def _drive(self, main: Task | None) -> None:
+        self._main, self._running = main, True
+        # A callback of somebody else's may have raised its way out of the loop the last
+        # time, and taken our next turn with it: so always ask for a new one.
+        self._turn_at = float("inf")
+        self._arm(0)
+        try:
+            self.loop.start()
+        finally:
+            self._running = False
+            if self._shutdown_funcs is None:
+                self.loop.close()       # crashed, see _crash
+
+    async def _cancel_all(self) -> None:
+        me = self._current
+        while others := [task for task in self._tasks.values() if task is not me]:
+            task = max(others, key=lambda task: task.id)
+            if await ignore_after(SHUTDOWN_GRACE, task.cancel()) is None:
+                if not task.terminated:
+                    self._drop(task)
+
+    def _drop(self, task: Task) -> None:
+        """Give up a task that does not go although it was cancelled."""
+        log.error("%r would not go, and is dropped", task)
+        try:
+            task.coro.close()
+        except RuntimeError:
+            pass    # not even for GeneratorExit
+        if task.cancel_func:
+            task.cancel_func()
+        self._ready = deque(other for other in self._ready if other is not task)
+        self._end(task, TaskCancelled("dropped"))
+
+    def _close(self) -> None:
+        funcs, self._shutdown_funcs = self._shutdown_funcs, None
+        try:
+            for func in funcs:
+                func()
+        finally:
+            self.loop.close()
+
+    # -- the turn ----------------------------------------------------------------------
+
+    def _arm(self, when: float) -> None:
+        """See to it that a turn begins at `when` on the clock, or earlier.
+
+        There is at most one call pending in pika's loop, for the earliest need. A turn
+        that comes too early is harmless: it finds nothing to do and arms the next one.
+        """
+        if when < self._turn_at:
+            if self._turn_handle is not None:
+                self.loop.remove_timeout(self._turn_handle)
+            self._turn_at = when
+            self._turn_handle = self.loop.call_later(
+                max(0, when - time.monotonic()), self._turn)
+
+    def _turn(self) -> None:
+        self._turn_handle = None
+        self._turn_at = float("-inf")       # no need to arm anything while we are here
+        ready, traps = self._ready, self._traps
+        began = now = time.monotonic()
+        try:
+            self._expire(now)
+            while ready:
+                for _ in range(len(ready)):
+                    task = self._current = ready.popleft()
+                    task.state = "RUNNING"
+                    task.cycles += 1
+                    answer, task._trap_result = task._trap_result, None
+                    send = task.send
+
+                    # The task runs from trap to trap until one of them makes it wait.
+                    while answer is not _SUSPENDED:
+                        try:
+                            request = send(answer)
+                        except BaseException as exc:
+                            self._current = None
+                            self._end(task, exc)
+                            break
+                        try:
+                            answer = traps[request[0]](*request[1:])
+                        except BaseException:
+                            # Traps do not raise (they answer with exceptions). This is
+                            # a request that is no trap, a fault of the program: nobody
+                            # can know any more what the other tasks wait for.
+                            self._crash()
+                            raise
+
+                    if task._last_io is not None:
+                        self._unwatch(*task._last_io, task)
+                    before, now = now, time.monotonic()
+                    if now - before > BLOCKED:
+                        log.warning("%r ran for %.1f s without a trap: all else stood "
+                                    "still", task, now - before)
+                if self._main is None or self._main.terminated or now - began > SLICE:
+                    break
+        finally:
+            self._current = None
+            self._turn_at = float("inf")
+            if self._main is None or self._main.terminated:
+                self.loop.stop()
+            elif self._ready:
+                self._arm(0)
+            elif self._timers:
+                self._arm(self._timers[0][0])
+
+    def _crash(self) -> None:
+        self._shutdown_funcs, self._main = None, None
+        self._tasks.clear()
+        self._ready.clear()
+
+    def _spawn(self, coro: Coroutine) -> Task:
+        """Make a task of a coroutine. For callbacks of pika, which cannot trap."""
+        task = self._taskcls(coro, self._current)
+        self._tasks[task.id] = task
+        self._schedule(task)
+        return task
+
+    def _schedule(self, task: Task, answer: Any = None) -> None:
+        """Put a task on the ready queue, with the answer to the trap it waits in."""
+        task._trap_result = answer
+        task.state = "READY"
+        task.cancel_func = None
+        self._ready.append(task)
+        self._arm(0)
+
+    def _suspend(self, state: str, cancel_func: Callable[[], Any]) -> object:
+        self._current.state = state
+        self._current.cancel_func = cancel_func
+        return _SUSPENDED
+
+    def _end(self, task: Task, exc: BaseException) -> None:
+        task.terminated = True
+        task.state = "TERMINATED"
+        task.timeout = None
+        del self._tasks[task.id]
+        if task.joining:
+            self._trap_sched_wake(task.joining, len(task.joining))
+        if isinstance(exc, StopIteration):
+            task.result = exc.value
+            return
+        # The first frame of the traceback is the kernel's own: it would keep the turn's
+        # variables alive, and tell the reader nothing.
+        if exc.__traceback__ is not None:
+            exc.__traceback__ = exc.__traceback__.tb_next
+        task.exception = exc
+        if task is not self._main and not isinstance(exc, (CancelledError, SystemExit)):
+            log.error("Task Crash: %r", task, exc_info=exc)
+        if not isinstance(exc, (Exception, CancelledError)):
+            raise exc       # SystemExit, KeyboardInterrupt: meant for the program
+
+    # -- cancellation ------------------------------------------------------------------
+    #
+    # An exception can be raised in a task only where it waits, that is: inside a trap.
+    # Elsewhere it becomes `cancel_pending`, and every trap that waits looks there first.
+
+    def _pending(self) -> BaseException | None:
+        task = self._current
+        if task.allow_cancel and task.cancel_pending is not None:
+            exc, task.cancel_pending = task.cancel_pending, None
+            return exc
+
+    def _interrupt(self, task: Task, exc: BaseException) -> None:
+        if task.allow_cancel and task.cancel_func is not None:
+            task.cancel_func()
+            self._schedule(task, exc)
+        elif not isinstance(task.cancel_pending, TaskCancelled):
+            # (a timeout must not take the place of a cancellation that is due)
+            task.cancel_pending = exc
+
+    def _trap_cancel_task(self, task, exc=TaskCancelled, val=None):
+        if not task.cancelled and not task.terminated:
+            task.cancelled = True
+            task.timeout = None     # it is going anyway
+            if not isinstance(exc, BaseException):
+                exc = exc(exc.__name__ if val is None else val)
+            self._interrupt(task, exc)
+
+    # -- tasks and waiting rooms -------------------------------------------------------
+
+    def _trap_spawn(self, coro):
+        return self._spawn(coro)
+
+    def _trap_sched_wait(self, room, state):
+        return self._pending() or self._suspend(
+            state, room._kernel_suspend(self._current))
+
+    def _trap_sched_wake(self, room, n):
+        for task in room._kernel_wake(n):
+            self._schedule(task)
+
+    # -- time --------------------------------------------------------------------------
+    #
+    # One heap holds all the clocks to watch, sleeps and timeouts. Nothing is ever taken
+    # out of its middle: an entry counts only if the task still says the same time when
+    # the entry comes up. Most timeouts are unset long before, so dead entries pile up.
+    # Whenever the heap has doubled since the last time, they are swept out (and with
+    # them the duplicates that nested timeouts make by setting the outer one again):
+    # on average that costs each entry one look.
+
+    def _set_timer(self, task: Task, kind: str, clock: float) -> None:
+        setattr(task, kind, clock)
+        if len(self._timers) > self._sweep_at:
+            self._timers[:] = {timer for timer in self._timers if self._counts(timer)}
+            heapq.heapify(self._timers)
+            self._sweep_at = 2 * len(self._timers) + 1000
+        heapq.heappush(self._timers, (clock, task.id, kind))
+
+    def _counts(self, timer: tuple[float, int, str]) -> bool:
+        clock, taskid, kind = timer
+        return getattr(self._tasks.get(taskid), kind, None) == clock
+
+    def _expire(self, now: float) -> None:
+        timers = self._timers
+        while timers and timers[0][0] <= now:
+            timer = heapq.heappop(timers)
+            if self._counts(timer):
+                task, kind = self._tasks[timer[1]], timer[2]
+                setattr(task, kind, None)
+                if kind == "sleep":
+                    self._schedule(task, now)
+                else:
+                    self._interrupt(task, TaskTimeout(now))
+
+    def _trap_sleep(self, seconds):
+        if exc := self._pending():
+            return exc
+        task, now = self._current, time.monotonic()
+        if seconds <= 0:
+            self._schedule(task, now)
+            return _SUSPENDED
+        self._set_timer(task, "sleep", now + seconds)
+        return self._suspend("TIME_SLEEP", lambda: setattr(task, "sleep", None))
+
+    def _trap_set_timeout(self, clock):
+        earlier = self._current.timeout
+        if clock is not None and (earlier is None or clock < earlier):
+            self._set_timer(self._current, "timeout", clock)
+        return earlier
+
+    def _trap_unset_timeout(self, earlier):
+        # The evil corner: the earlier deadline may have passed as well. It must not be
+        # raised here, where the inner block is still being left, but at the next trap
+        # that waits; set anew it comes up at once and does just that. And if it has not
+        # passed, a TaskTimeout that could not be delivered was meant for the block that
+        # is being left: it is dropped.
+        task, now = self._current, time.monotonic()
+        if earlier is None:
+            task.timeout = None
+        elif earlier != task.timeout:
+            self._set_timer(task, "timeout", earlier)
+        if earlier is None or earlier > now:
+            if isinstance(task.cancel_pending, TaskTimeout):
+                task.cancel_pending = None
+        return now
+
+    # -- files -------------------------------------------------------------------------
+    #
+    # pika's loop knows a file by its number and calls one handler for it; here one task
+    # may wait to read from it and another one to write to it:
+    #
+    #     _files:  fd -> (file object, {EVENT_READ: task, EVENT_WRITE: task})
+    #
+    # A task that reads a socket in a loop waits for the same thing again and again, so
+    # a wake-up leaves the registration in place (`_last_io`). Only if the task goes on
+    # to wait for something else, or ends, it is taken back: two system calls less each
+    # time. Plain numbers are taken back at once, since nobody can tell when a number
+    # has come to mean another file.
+
+    def _watch(self, fileobj, event: int, task: Task) -> None:
+        fd = fileobj if isinstance(fileobj, int) else fileobj.fileno()
+        known, waits = self._files.get(fd, (None, None))
+        if waits is not None and known is not fileobj and not isinstance(known, int):
+            if getattr(known, "closed", False) or known.fileno() != fd:
+                self._forget(fd)    # closed without a word, and its number used again
+                waits = None
+        if waits is None:
+            self.loop.add_handler(fd, self._on_io, self._mask({event: task}))
+            self._files[fd] = (fileobj, {event: task})
+            return
+        holder = waits.get(event)
+        if holder is not None and holder is not task:
+            if holder.cancel_func is not None:
+                busy = ReadResourceBusy if event == EVENT_READ else WriteResourceBusy
+                raise busy(f"another task waits for the same of {fileobj!r}")
+            holder._last_io = None
+        waits[event] = task
+        if holder is None:
+            self.loop.update_handler(fd, self._mask(waits))
+
+    def _mask(self, waits: dict[int, Task]) -> int:
+        return (self.loop.ERROR | (self.loop.READ if EVENT_READ in waits else 0)
+                | (self.loop.WRITE if EVENT_WRITE in waits else 0))
+
+    def _unwatch(self, fd: int, event: int, task: Task) -> None:
+        task._last_io = None
+        fileobj, waits = self._files.get(fd, (None, {}))
+        if waits.get(event) is task:    # not if the file was released in the meantime
+            del waits[event]
+            if not waits:
+                self._forget(fd)
+            else:
+                self.loop.update_handler(fd, self._mask(waits))
+
+    def _forget(self, fd: int) -> None:
+        for task in self._files.pop(fd)[1].values():
+            task._last_io = None
+        try:
+            self.loop.remove_handler(fd)
+        except OSError:
+            pass    # closed before it was forgotten: the poll forgot it first
+
+    def _on_io(self, fd: int, events: int) -> None:
+        fileobj, waits = self._files.get(fd, (None, {}))
+        # An error or a hang-up wakes both sides: their next read or write will show it.
+        for event, other in ((EVENT_READ, self.loop.WRITE), (EVENT_WRITE, self.loop.READ)):
+            task = waits.get(event)
+            if task is not None and task.cancel_func is not None and events & ~other:
+                if isinstance(fileobj, int):
+                    self._unwatch(fd, event, task)
+                else:
+                    task._last_io = (fd, event)
+                self._schedule(task)
+
+    def _trap_io(self, fileobj, event, state):
+        if exc := self._pending():
+            return exc
+        task = self._current
+        try:
+            fd = fileobj if isinstance(fileobj, int) else fileobj.fileno()
+            if task._last_io is not None and task._last_io != (fd, event):
+                self._unwatch(*task._last_io, task)
+            self._watch(fileobj, event, task)
+        except (ResourceBusy, OSError, ValueError) as exc:
+            return exc
+        task._last_io = None
+        return self._suspend(state, lambda: self._unwatch(fd, event, task))
+
+    def _trap_io_release(self, fileobj):
+        fd = fileobj if isinstance(fileobj, int) else fileobj.fileno()
+        if fd in self._files:
+            self._forget(fd)
+
+    def _trap_io_waiting(self, fileobj):
+        fd = fileobj if isinstance(fileobj, int) else fileobj.fileno()
+        waits = self._files.get(fd, (None, {}))[1]
+        return tuple(task if task is not None and task.cancel_func else None
+                     for task in map(waits.get, (EVENT_READ, EVENT_WRITE)))
+
+    # -- other threads -----------------------------------------------------------------
+    #
+    # The only thing that another thread may do to the kernel is to append to a deque
+    # (which is atomic) and to ring. The bell costs a lock and a system call, so it is
+    # rung only by the first who finds it silent; all who come before the kernel answers
+    # ride along. The order matters: the thread appends and then looks at the flag, the
+    # kernel takes the flag down and then empties the deque. So an entry is either seen
+    # by this round, or its thread finds the flag down and rings again.
+
+    def _wake(self, task: Task, future) -> None:
+        self._woken.append((task, future))
+        if not self._waking:
+            self._waking = True
+            self.loop.add_callback_threadsafe(self._on_wake)
+
+    def _on_wake(self) -> None:
+        self._waking = False
+        while self._woken:
+            task, future = self._woken.popleft()
+            # A task that was cancelled may wait for another future by now.
+            if task.future is future:
+                task.future = None
+                self._schedule(task)
+
+    def _trap_future_wait(self, future, event):
+        if exc := self._pending():
+            return exc
+        task = self._current
+        task.future = future
+
+        def cancel():
+            task.future = None
+            future.cancel()
+
+        answer = self._suspend("FUTURE_WAIT", cancel)
+        future.add_done_callback(lambda future: self._wake(task, future))
+        if event is not None:
+            event.set()
+        return answer
+
+
+def run(corofunc: Callable[..., Coroutine] | Coroutine, *args: Any) -> Any:
+    """Run `corofunc(*args)` on a kernel of its own: made, used and shut down."""
+    with Kernel() as kernel:
+        return kernel.run(corofunc, *args)
+
+
+# =====================================================================================
+# 7. The bridge
+#
+# pika's asynchronous API is made of callbacks: you call `queue_declare(...,
+# callback=f)`, and some turns of the loop later pika calls f, or never, if the channel
+# is closed before. Here that becomes `await channel.call("queue_declare", ...)`, which
+# always comes back: with the answer, or with the exception that closed the channel.
+#
+#     Connection   one connection of pika's, used up when it closes
+#     Channel      one channel on it; consumes, acknowledges, publishes with confirms
+#     Link         the connection that always comes back
+#
+# AMQP itself (frames, heartbeats, negotiation) stays pika's affair.
+#
+# Who holds a message, and what becomes of it if the next line never runs?
+#
+#     on its way to us            the broker            nothing happened yet
+#     delivered, not settled      the broker, for us    it gives it to somebody else
+#     acknowledged                nobody                its work was done before that
+#     being published             whoever awaits        not confirmed: publishes again
+#     published and confirmed     the broker            on disk; now we may acknowledge
+# =====================================================================================
+
+MAX_BACKOFF = 30.0      # seconds between two attempts to connect, at most
+
+REFUSED = (AuthenticationError, ProbableAuthenticationError, ProbableAccessDeniedError)
+
+
+class _Closable:
+    """What connections and channels have in common: waiters, who learn of its end."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+        self._waiters: set[Future] = set()
+        self.closed: BaseException | None = None    # the reason, once it is closed
+
+    def _reply(self) -> Future:
+        """Make a future that gets the exception if this is closed before the answer."""
+        reply: Future = Future()
+        if self.closed is not None:
+            reply.set_exception(self.closed)
+        else:
+            self._waiters.add(reply)
+            reply.add_done_callback(self._waiters.discard)
+        return reply
+
+    def _on_close(self, _pika_object, reason: BaseException) -> None:
+        if self.closed is None:
+            self.closed = reason
+            for reply in list(self._waiters):
+                reply.set_exception(reason)
+
+    async def _call(self, method: Callable, *args: Any, callback: str, **kwargs) -> Any:
+        reply = self._reply()
+        if self.closed is None:
+            # (the answer may come when the waiter was cancelled and is gone)
+            method(*args, **{callback: lambda answer: reply.done()
+                             or reply.set_result(answer)}, **kwargs)
+        return await _future_wait(reply)
+
+    async def wait_closed(self) -> BaseException:
+        """Wait until this is closed; return the reason."""
+        try:
+            await _future_wait(self._reply())
+        except AMQPError as reason:
+            return reason
+
+
+class Connection(_Closable):
+    """A connection to RabbitMQ; made by `await Connection.open(urls)`."""
+
+    pika: SelectConnection
+
+    @classmethod
+    async def open(cls, urls: Iterable[str]) -> Connection:
+        """Try each URL once, in turn; return the first connection that opens.
+
+        Raises AMQPConnectionError: that of a broker that refused us (REFUSED), if there
+        was one, else that of the last that could not be reached.
+        """
+        errors = []
+        for url in urls:
+            connection = cls(await _get_kernel())
+            try:
+                await connection._open(url)
+                return connection
+            except AMQPError as exc:
+                errors.append(exc)
+        raise next((exc for exc in errors if isinstance(exc, REFUSED)), errors[-1])
+
+    async def _open(self, url: str) -> None:
+        opened = self._reply()
+        self._unblocked = Event()
+        self._unblocked._set = True
+
+        def on_error(connection, error) -> None:
+            if not isinstance(error, AMQPError):    # some of pika's own are not
+                error = AMQPConnectionError(str(error))
+            self._on_close(connection, error)
+
+        self.pika = SelectConnection(
+            pika.URLParameters(url), custom_ioloop=self._kernel.loop,
+            on_open_callback=lambda _: opened.done() or opened.set_result(None),
+            on_open_error_callback=on_error, on_close_callback=on_error)
+        self.pika.add_on_connection_blocked_callback(self._on_blocked)
+        self.pika.add_on_connection_unblocked_callback(self._on_unblocked)
+        try:
+            await _future_wait(opened)
+        except CancelledError:
+            await self.close()
+            raise
+
+    def _on_blocked(self, _connection, frame) -> None:
+        log.warning("the broker has blocked the connection (%s): nothing is published "
+                    "nor acknowledged until it lifts that", frame.method.reason)
+        self._unblocked.clear()
+
+    def _on_unblocked(self, _connection, _frame) -> None:
+        log.info("the broker has lifted the block")
+        self._unblocked._set = True
+        room = self._unblocked._waiting
+        self._kernel._trap_sched_wake(room, len(room))
+
+    async def channel(self, confirm: bool = False) -> Channel:
+        """Open a channel; with `confirm`, one whose publishes are confirmed."""
+        channel = Channel(self._kernel)
+        channel.connection = self
+        channel.pika = await self._call(self.pika.channel, callback="on_open_callback")
+        channel.pika.add_on_close_callback(channel._on_close)
+        channel.pika.add_on_cancel_callback(
+            lambda frame: channel._on_close(None, ConsumerCancelled(frame.method)))
+        if confirm:
+            channel.pika.add_on_return_callback(channel._on_return)
+            await channel.call("confirm_delivery", channel._on_confirm)
+        return channel
+
+    async def close(self, timeout: float = 2.0) -> None:
+        """Close the connection; wait `timeout` seconds at most for the broker's word."""
+        if not (self.pika.is_closed or self.pika.is_closing):
+            self.pika.close()
+        if self.closed is None:
+            await ignore_after(timeout, self.wait_closed())
+
+
+class Channel(_Closable):
+    """A channel; made by `await connection.channel()`."""
+
+    pika: pika.channel.Channel
+    connection: Connection
+
+    def __init__(self, kernel: Kernel) -> None:
+        super().__init__(kernel)
+        self._published = 0
+        # delivery tag -> (future, what it was, the exception if it came back)
+        self._unconfirmed: dict[int, list] = {}
+
+    async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Call a method of pika's channel that takes `callback=`; return its answer.
+
+        `await channel.call("queue_declare", queue="q", durable=True)`. Raises what
+        closed the channel, or pika's ChannelWrongStateError, if it is closed.
+        """
+        return await self._call(getattr(self.pika, method), *args, callback="callback",
+                                **kwargs)
+
+    async def basic_publish(self, exchange: str, routing_key: str, body: bytes,
+                            properties: pika.BasicProperties) -> None:
+        """Publish, mandatory, on a channel with `confirm`; wait for the confirm.
+
+        Raises UnroutableError if no queue takes the message, NackError if the broker
+        could not, and what closed the channel if that came first.
+        """
+        await self.connection._unblocked.wait()
+        reply = self._reply()
+        if self.closed is None:
+            self.pika.basic_publish(exchange, routing_key, body, properties, True)
+            self._published += 1
+            what = (exchange, routing_key, properties.correlation_id, body)
+            self._unconfirmed[self._published] = [reply, what, None]
+        await _future_wait(reply)
+
+    # A returned message carries no number, but the broker returns it before it confirms
+    # it, and in order. So the first one in flight that is the same message is it (if
+    # there are two the same, to the byte, it does not matter which).
+    def _on_return(self, _channel, method, properties, body) -> None:
+        returned = (method.exchange, method.routing_key, properties.correlation_id, body)
+        for entry in self._unconfirmed.values():
+            if entry[1] == returned and entry[2] is None:
+                entry[2] = UnroutableError([method])
+                break
+
+    def _on_confirm(self, frame) -> None:
+        tag, failed = frame.method.delivery_tag, isinstance(
+            frame.method, pika.spec.Basic.Nack)
+        first = next(iter(self._unconfirmed), tag)
+        for tag in range(first, tag + 1) if frame.method.multiple else (tag,):
+            reply, _, error = self._unconfirmed.pop(tag, (None, None, None))
+            if reply is not None and not reply.done():
+                error = error or (NackError([]) if failed else None)
+                reply.set_exception(error) if error else reply.set_result(None)
+
+    # A message can be settled only on the channel that delivered it. If that is gone,
+    # the broker has taken the message back already, so there is nothing left to say.
+    def basic_ack(self, delivery_tag: int) -> bool:
+        """Acknowledge; True if it was said on a channel that was open."""
+        if self.closed is None and self.pika.is_open:
+            self.pika.basic_ack(delivery_tag)
+            return True
+        return False
+
+    def basic_nack(self, delivery_tag: int) -> None:
+        """Give a message back to its queue."""
+        if self.closed is None and self.pika.is_open:
+            self.pika.basic_nack(delivery_tag)
+
+
+class Link:
+    """A connection that comes back for ever, with the topology declared anew each time.
+
+    `on_connect(connection, channel)` is a coroutine function that declares what the
+    user needs and starts its consumers, on the channel for deliveries, replies and
+    acknowledgements; that channel is not in confirm mode, so that what is said on it is
+    done in that order. Confirmed publishes have a channel of their own, so that what
+    goes wrong there costs no delivery.
+    """
+
+    def __init__(self, urls: Iterable[str], on_connect: Callable[..., Awaitable]) -> None:
+        self._urls = list(urls)
+        self._on_connect = on_connect
+        self._connection: Connection | None = None
+        self._publisher: Channel | None = None
+        self._opening = Semaphore(1)
+        self.up = Event()
+        self.ever_up = False
+
+    async def run(self) -> None:
+        """Connect, and connect again whenever that ends, until cancelled.
+
+        The first connection must not fail for reasons that waiting does not mend: a
+        refusal (REFUSED), or a queue that exists with other arguments (pika's
+        ChannelClosedByBroker); these are raised. Everything later is tried again.
+        """
+        attempt, said = 0, None
+        while True:
+            began = await clock()
+            try:
+                self._connection = await Connection.open(self._urls)
+                channel = await self._connection.channel()
+                await self._on_connect(self._connection, channel)
+                log.log(logging.WARNING if self.ever_up else logging.INFO, "%s to %s",
+                        "reconnected" if self.ever_up else "connected",
+                        self._connection.pika.params.host)
+                said, self.ever_up = None, True
+                await self.up.set()
+                # A channel that dies alone (a timeout of the broker's, a consumer that
+                # was cancelled) takes the connection with it: there is one way back.
+                reason = await channel.wait_closed()
+            except AMQPError as exc:
+                if not self.ever_up and isinstance(exc, (*REFUSED, ChannelClosedByBroker)):
+                    raise
+                reason = exc
+            finally:
+                self.up.clear()
+                if self._connection is not None:
+                    await self._connection.close()
+                    self._connection = None
+            # A connection that held for a while starts again from the shortest wait.
+            attempt = 0 if await clock() - began > MAX_BACKOFF else attempt + 1
+            wait = min(MAX_BACKOFF, 0.5 * 2 ** min(attempt, 10)) * random.uniform(0.5, 1)
+            if (text := describe(reason)) != said:
+                log.warning("%s: %s; trying again, at most every %.0f s",
+                            "connection lost" if self.ever_up and not said
+                            else "no connection to the broker", text, MAX_BACKOFF)
+                said = text
+            await sleep(wait)
+
+    async def publish(self, exchange: str, routing_key: str, body: bytes,
+                      properties: pika.BasicProperties) -> None:
+        """Publish with confirm, as soon as there is a connection. Raises as
+        `Channel.basic_publish` does; it is the caller who tries again."""
+        await self.up.wait()
+        async with self._opening:
+            if self._connection is None:
+                raise AMQPConnectionError("connection lost")
+            publisher = self._publisher
+            if publisher is None or publisher.closed or (
+                    publisher.connection is not self._connection):
+                publisher = await self._connection.channel(confirm=True)
+                self._publisher = publisher
+        await publisher.basic_publish(exchange, routing_key, body, properties)
+
+
+def describe(error: BaseException) -> str:
+    """Say in one line what happened to a connection, without its URL or password."""
+    text = str(error) or type(error).__name__
+    if "last exception - " in text:     # pika's summary of a failed attempt
+        text = text.split("last exception - ")[1].split("; first exception")[0]
+    elif isinstance(error, ConsumerCancelled):
+        text = "the broker cancelled the consumer (was the queue deleted?)"
+    return " ".join(text.split())[:300]
+
+
+# =====================================================================================
+# 8. Workers
+#
+# A function that blocks or computes cannot run on the kernel: everything would stand
+# still. It runs in a thread, or in a process, and its caller awaits it like anything
+# else. Both pools hold at most so many workers, start them as they are needed, and let
+# callers wait for a free one in a Semaphore; so whoever has got through runs at once.
+# =====================================================================================
+
+THREADS = 20                        # the size of the pools, unless somebody
+PROCESSES = os.cpu_count() or 1     # puts others in their place
+
+
+async def run_in_thread(func: Callable, *args: Any) -> Any:
+    """Run `func(*args)` in a pool thread; return its result or raise its exception.
+
+    A thread cannot be killed. If the caller is cancelled, the thread is abandoned: it
+    is replaced, and what it brings in the end is thrown away.
+    """
+    kernel = await _get_kernel()
+    pool = kernel.__dict__.get("thread_pool") or ThreadPool(kernel, THREADS)
+    return await pool.run(func, args)
+
+
+async def run_in_process(func: Callable, *args: Any) -> Any:
+    """Run `func(*args)` in a worker process; return its result or raise its exception.
+
+    Function, arguments and result travel by pickle. If the caller is cancelled, the
+    process is killed. Raises WorkerLost if the process dies, WorkerError in place of an
+    exception that cannot be pickled; `__cause__` holds the remote traceback.
+    """
+    kernel = await _get_kernel()
+    pool = kernel.__dict__.get("process_pool") or ProcessPool(kernel, PROCESSES)
+    return await pool.run(func, args)
+
+
+class RemoteTraceback(Exception):
+    """The traceback of a worker process, as text: the cause of what is raised here."""
+
+    def __str__(self) -> str:
+        return "\n" + self.args[0]
+
+
+class _Job:
+    """A call on its way through a thread. To the kernel it is a future.
+
+    Two threads may want to decide its fate at the same moment, the one that runs it and
+    the kernel that cancels it. Each takes the next ticket from the list (`pop` is
+    atomic), and the ticket says who came first:
+
+        the thread draws "start"          it runs the function
+        the thread draws "end"            (after that) the result counts
+        the kernel draws "start"          the function is never run
+        the kernel draws "end"            the thread is in the midst: abandoned
+    """
+
+    __slots__ = ("pool", "func", "args", "tickets", "callback", "result", "error")
+
+    def __init__(self, pool: ThreadPool, func: Callable, args: tuple) -> None:
+        self.pool, self.func, self.args = pool, func, args
+        self.tickets = ["end", "start"]
+        self.error = None
+
+    def draw(self) -> str | None:
+        try:
+            return self.tickets.pop()
+        except IndexError:
+            return None
+
+    def add_done_callback(self, callback: Callable) -> None:
+        self.callback = callback
+        self.pool.jobs.put(self)
+
+    def cancel(self) -> None:
+        if self.draw() == "end":
+            self.pool.abandon(self)
+
+
+class ThreadPool:
+    """The threads of a kernel; `abandoned` of them are lost in calls that do not end."""
+
+    def __init__(self, kernel: Kernel, size: int) -> None:
+        self.size = size
+        self.abandoned = 0
+        self.jobs: queue.SimpleQueue = queue.SimpleQueue()
+        self._free = Semaphore(size)
+        self._threads = 0
+        kernel.thread_pool = self
+        kernel._call_at_shutdown(self.shutdown)
+
+    async def run(self, func: Callable, args: tuple) -> Any:
+        """See `run_in_thread`."""
+        async with self._free:
+            busy = self.size - self._free.value
+            if self._threads < busy:
+                self._threads += 1
+                threading.Thread(target=self._work, daemon=True).start()
+            job = _Job(self, func, args)
+            await _trap("trap_future_wait", job, None)
+            if job.error is None:
+                return job.result
+            try:
+                raise job.error
+            finally:
+                del job     # an exception must not hold the frame that holds it
+
+    def _work(self) -> None:
+        while (job := self.jobs.get()) is not None:
+            if job.draw() != "start":
+                continue
+            try:
+                job.result = job.func(*job.args)
+            except BaseException as exc:
+                job.error = exc
+            if job.draw() != "end":
+                self.abandoned -= 1     # back after all, but its place was taken
+                return
+            job.callback(job)
+            del job                     # hold on to nothing while waiting
+
+    def abandon(self, job: _Job) -> None:
+        self._threads -= 1
+        self.abandoned += 1
+        log.warning("a thread was abandoned in %s, which does not end (%d of %d)",
+                    getattr(job.func, "__qualname__", job.func), self.abandoned, self.size)
+
+    def shutdown(self) -> None:
+        for _ in range(self._threads):
+            self.jobs.put(None)
+
+
+# A worker process and its parent talk through a pair of sockets. A message is four
+# bytes of length and a pickle. That is safe here and only here: the sockets have no
+# name, and at the other end is our own program.
+
+_HEAD = struct.Struct("!I")
+
+
+def _process_main(sock: socket.socket) -> None:
+    """The life of a worker process: receive a call, run it, send what came of it."""
+    # Ctrl-C goes to all processes of a terminal, but the parent decides what happens. A
+    # handler that does nothing, rather than SIG_IGN, since that would be inherited by
+    # programs that a task starts.
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
+    # A child that computes reads no socket, so a thread waits for the parent's end.
+    from multiprocessing import connection, parent_process
+    parent = parent_process().sentinel
+    threading.Thread(target=lambda: (connection.wait([parent]), os._exit(1)),
+                     daemon=True).start()
+    stream = sock.makefile("rb")
+    while head := stream.read(_HEAD.size):
+        try:
+            func, args = pickle.loads(stream.read(*_HEAD.unpack(head)))
+            reply = pickle.dumps((True, func(*args)))
+        except BaseException as exc:
+            reply = _pickled_exception(exc)
+        sock.sendall(_HEAD.pack(len(reply)) + reply)
+        func = args = reply = None
+
+
+def _pickled_exception(exc: BaseException) -> bytes:
+    text = "".join(traceback.format_exception(exc))
+    try:
+        reply = pickle.dumps((False, (exc, text)))
+        pickle.loads(reply)     # some go in and do not come out again
+        return reply
+    except Exception:
+        try:
+            name = f"{type(exc).__name__}: {exc}"
+        except Exception:
+            name = type(exc).__name__
+        return pickle.dumps((False, (WorkerError(name), text)))
+
+
+class ProcessPool:
+    """The worker processes of a kernel, started by `spawn`."""
+
+    def __init__(self, kernel: Kernel, size: int) -> None:
+        self.size = size
+        self._free = Semaphore(size)
+        self._idle: list[tuple] = []
+        self._all: set = set()
+        kernel.process_pool = self
+        kernel._call_at_shutdown(self.shutdown)
+        # Python joins its children before it exits; ours do not go unless told to.
+        atexit.register(self.shutdown)
+
+    def _start(self) -> tuple:
+        import multiprocessing      # (here, since it takes long to import)
+        from multiprocessing import resource_tracker
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        process = multiprocessing.get_context("spawn").Process(
+            target=_process_main, args=(theirs,), daemon=True)
+        # The child is born with the signals blocked that it will ignore in a moment.
+        resource_tracker.ensure_running()
+        mask = signal.pthread_sigmask(
+            signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            theirs.close()
+        self._all.add(process)
+        return process, ours
+
+    async def run(self, func: Callable, args: tuple) -> Any:
+        """See `run_in_process`."""
+        call = pickle.dumps((func, args))
+        async with self._free:
+            process, sock = self._idle.pop() if self._idle else self._start()
+            try:
+                try:
+                    await _send(sock, _HEAD.pack(len(call)) + call)
+                    size, = _HEAD.unpack(await _receive(sock, _HEAD.size))
+                    ok, answer = pickle.loads(await _receive(sock, size))
+                except OSError:
+                    raise await self._obituary(process) from None
+            except BaseException:
+                # Cancelled, dead or speaking nonsense: whatever it is, it is over.
+                await _io_release(sock)
+                sock.close()
+                process.kill()
+                self._all.discard(process)
+                raise
+            self._idle.append((process, sock))
+        if ok:
+            return answer
+        exc, text = answer
+        raise exc from RemoteTraceback(text)
+
+    async def _obituary(self, process) -> WorkerLost:
+        # The socket closes a little before the process is gone, and the exit code is
+        # there only after that; unless it closed the socket and lives on.
+        await ignore_after(1.0, _read_wait(process.sentinel))
+        process.kill()
+        process.join()
+        code = process.exitcode
+        return WorkerLost(f"worker process died of {signal.Signals(-code).name}"
+                          if code < 0 else f"worker process left with exit code {code}")
+
+    def shutdown(self) -> None:
+        """Kill all and wait for their end."""
+        atexit.unregister(self.shutdown)
+        for process in self._all:
+            process.kill()
+        for process in self._all:
+            process.join()
+        for _, sock in self._idle:
+            sock.close()
+        self._all, self._idle = set(), []
+
+
+async def _send(sock: socket.socket, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[sock.send(view):]
+        except BlockingIOError:
+            await _write_wait(sock)
+
+
+async def _receive(sock: socket.socket, size: int) -> bytes:
+    data = bytearray()
+    while len(data) < size:
+        try:
+            chunk = sock.recv(min(size - len(data), 1 << 20))
+        except BlockingIOError:
+            await _read_wait(sock)
+            continue
+        if not chunk:
+            raise ConnectionResetError("end of file")
+        data += chunk
+    return bytes(data)
