@@ -1361,7 +1361,7 @@ class Link:
 
 def describe(error: BaseException) -> str:
     """Say in one line what happened to a connection, without its URL or password."""
-    text = str(error) or type(error).__name__
+    text = str(error) or repr(error)
     if "last exception - " in text:     # pika's summary of a failed attempt
         text = text.split("last exception - ")[1].split("; first exception")[0]
     elif isinstance(error, ConsumerCancelled):
@@ -1390,7 +1390,8 @@ async def run_in_thread(func: Callable, *args: Any) -> Any:
     """
     kernel = await _get_kernel()
     pool = kernel.__dict__.get("thread_pool") or ThreadPool(kernel, THREADS)
-    return await pool.run(func, args)
+    async with pool.slots:
+        return await pool.call(func, args)
 
 
 async def run_in_process(func: Callable, *args: Any) -> Any:
@@ -1402,7 +1403,8 @@ async def run_in_process(func: Callable, *args: Any) -> Any:
     """
     kernel = await _get_kernel()
     pool = kernel.__dict__.get("process_pool") or ProcessPool(kernel, PROCESSES)
-    return await pool.run(func, args)
+    async with pool.slots:
+        return await pool.call(func, args)
 
 
 class RemoteTraceback(Exception):
@@ -1454,26 +1456,24 @@ class ThreadPool:
         self.size = size
         self.abandoned = 0
         self.jobs: queue.SimpleQueue = queue.SimpleQueue()
-        self._free = Semaphore(size)
+        self.slots = Semaphore(size)
         self._threads = 0
         kernel.thread_pool = self
         kernel._call_at_shutdown(self.shutdown)
 
-    async def run(self, func: Callable, args: tuple) -> Any:
-        """See `run_in_thread`."""
-        async with self._free:
-            busy = self.size - self._free.value
-            if self._threads < busy:
-                self._threads += 1
-                threading.Thread(target=self._work, daemon=True).start()
-            job = _Job(self, func, args)
-            await _trap("trap_future_wait", job, None)
-            if job.error is None:
-                return job.result
-            try:
-                raise job.error
-            finally:
-                del job     # an exception must not hold the frame that holds it
+    async def call(self, func: Callable, args: tuple) -> Any:
+        """See `run_in_thread`; for those who hold one of the `slots`."""
+        if self._threads < self.size - self.slots.value:
+            self._threads += 1
+            threading.Thread(target=self._work, daemon=True).start()
+        job = _Job(self, func, args)
+        await _trap("trap_future_wait", job, None)
+        if job.error is None:
+            return job.result
+        try:
+            raise job.error
+        finally:
+            del job     # an exception must not hold the frame that holds it
 
     def _work(self) -> None:
         while (job := self.jobs.get()) is not None:
@@ -1549,8 +1549,7 @@ class ProcessPool:
     """The worker processes of a kernel, started by `spawn`."""
 
     def __init__(self, kernel: Kernel, size: int) -> None:
-        self.size = size
-        self._free = Semaphore(size)
+        self.slots = Semaphore(size)
         self._idle: list[tuple] = []
         self._all: set = set()
         kernel.process_pool = self
@@ -1577,26 +1576,24 @@ class ProcessPool:
         self._all.add(process)
         return process, ours
 
-    async def run(self, func: Callable, args: tuple) -> Any:
-        """See `run_in_process`."""
+    async def call(self, func: Callable, args: tuple) -> Any:
+        """See `run_in_process`; for those who hold one of the `slots`."""
         call = pickle.dumps((func, args))
-        async with self._free:
-            process, sock = self._idle.pop() if self._idle else self._start()
-            try:
-                try:
-                    await _send(sock, _HEAD.pack(len(call)) + call)
-                    size, = _HEAD.unpack(await _receive(sock, _HEAD.size))
-                    ok, answer = pickle.loads(await _receive(sock, size))
-                except OSError:
-                    raise await self._obituary(process) from None
-            except BaseException:
-                # Cancelled, dead or speaking nonsense: whatever it is, it is over.
-                await _io_release(sock)
-                sock.close()
-                process.kill()
-                self._all.discard(process)
-                raise
-            self._idle.append((process, sock))
+        process, sock = self._idle.pop() if self._idle else self._start()
+        try:
+            await _send(sock, _HEAD.pack(len(call)) + call)
+            size, = _HEAD.unpack(await _receive(sock, _HEAD.size))
+            ok, answer = pickle.loads(await _receive(sock, size))
+        except BaseException as exc:
+            # Cancelled, dead or speaking nonsense: whatever it is, it is over.
+            await _io_release(sock)
+            sock.close()
+            if isinstance(exc, OSError):
+                exc = await self._obituary(process)
+            process.kill()
+            self._all.discard(process)
+            raise exc from None
+        self._idle.append((process, sock))
         if ok:
             return answer
         exc, text = answer
