@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import atexit
 import heapq
-import inspect
 import logging
 import os
 import pickle
@@ -176,7 +175,8 @@ async def spawn(corofunc: Callable[..., Coroutine] | Coroutine, *args: Any,
     A `daemon` task runs for ever in the background; nobody is expected to join it.
     """
     task = await _trap("trap_spawn", _coroutine(corofunc, args))
-    task.daemon = daemon
+    if daemon:
+        task.daemon = True
     return task
 
 
@@ -203,7 +203,7 @@ async def _get_kernel() -> Kernel:
 
 def _coroutine(corofunc, args) -> Coroutine:
     """Take a coroutine as it is; make one of a coroutine function and its arguments."""
-    coro = corofunc if inspect.iscoroutine(corofunc) else corofunc(*args)
+    coro = corofunc if hasattr(corofunc, "send") else corofunc(*args)
     if not hasattr(coro, "send"):
         raise TypeError(f"{corofunc!r} is not a coroutine function, nor a coroutine")
     return coro
@@ -237,7 +237,6 @@ class Task:
     terminated = False
     joined = False          # somebody took notice of its end
     _trap_result = None     # the answer to give when it runs next
-    _last_io = None         # (fd, event) that is still registered though it runs
     _result = None
     _exception = None
 
@@ -270,7 +269,7 @@ class Task:
         if not self.terminated:
             if self.joining is None:
                 self.joining = SchedBarrier()
-            await self.joining.suspend("TASK_JOIN")
+            await _trap("trap_sched_wait", self.joining, "TASK_JOIN")
 
     async def join(self) -> Any:
         """Wait until the task has ended and return its result.
@@ -376,6 +375,15 @@ class SchedFIFO:
 
 class SchedBarrier(SchedFIFO):
     """A waiting room that calls everybody at once."""
+
+    def __init__(self) -> None:
+        self._tasks = {}    # (no need to take the first ones out one by one)
+
+    def _kernel_wake(self, ntasks: int = 1) -> list[Task]:
+        tasks = list(self._tasks)[:ntasks]
+        for task in tasks:
+            del self._tasks[task]
+        return tasks
 
     async def wake(self, n: int | None = None) -> None:
         """Call n tasks, or all."""
@@ -591,6 +599,7 @@ BLOCKED = 0.5           # seconds without a trap after which a task is named in 
 SHUTDOWN_GRACE = 5.0    # seconds that a cancelled task has, at shutdown, to go
 
 _SUSPENDED = object()   # what a trap answers if the task has to wait
+_WAITING = {"trap_io", "trap_future_wait", "trap_sleep", "trap_sched_wait"}
 
 
 class Kernel:
@@ -607,7 +616,7 @@ class Kernel:
         self._ready: deque[Task] = deque()
         self._timers: list[tuple[float, int, str]] = []     # (clock, task id, kind)
         self._sweep_at = 1000                               # see _set_timer
-        self._files: dict[int, tuple[Any, dict[int, Task]]] = {}    # see _watch
+        self._files: dict[int, dict[int, Task]] = {}        # see _watch
         self._woken: deque = deque()                        # see _wake
         self._waking = False
         self._current: Task | None = None
@@ -655,7 +664,9 @@ class Kernel:
                 self._drive(main)
         finally:
             if shutdown and self._shutdown_funcs is not None:
-                self._drive(self._spawn(self._cancel_all()))
+                last = self._spawn(self._cancel_all())
+                last.joined = True
+                self._drive(last)
                 self._close()
         if main:
             main.joined = True
@@ -751,7 +762,11 @@ class Kernel:
                             self._end(task, exc)
                             break
                         try:
-                            answer = traps[request[0]](*request[1:])
+                            if (task.cancel_pending is not None and task.allow_cancel
+                                    and request[0] in _WAITING):
+                                answer, task.cancel_pending = task.cancel_pending, None
+                            else:
+                                answer = traps[request[0]](*request[1:])
                         except BaseException:
                             # Traps do not raise (they answer with exceptions). This is
                             # a request that is no trap, a fault of the program: nobody
@@ -759,8 +774,6 @@ class Kernel:
                             self._crash()
                             raise
 
-                    if task._last_io is not None:
-                        self._unwatch(*task._last_io, task)
                     before, now = now, time.monotonic()
                     if now - before > BLOCKED:
                         log.warning("%r ran for %.1f s without a trap: all else stood "
@@ -795,7 +808,8 @@ class Kernel:
         task.state = "READY"
         task.cancel_func = None
         self._ready.append(task)
-        self._arm(0)
+        if self._turn_at > 0:
+            self._arm(0)
 
     def _suspend(self, state: str, cancel_func: Callable[[], Any]) -> object:
         self._current.state = state
@@ -807,7 +821,7 @@ class Kernel:
         task.state = "TERMINATED"
         task.timeout = None
         del self._tasks[task.id]
-        if task.joining:
+        if task.joining is not None:
             self._trap_sched_wake(task.joining, len(task.joining))
         if isinstance(exc, StopIteration):
             task.result = exc.value
@@ -825,13 +839,8 @@ class Kernel:
     # -- cancellation ------------------------------------------------------------------
     #
     # An exception can be raised in a task only where it waits, that is: inside a trap.
-    # Elsewhere it becomes `cancel_pending`, and every trap that waits looks there first.
-
-    def _pending(self) -> BaseException | None:
-        task = self._current
-        if task.allow_cancel and task.cancel_pending is not None:
-            exc, task.cancel_pending = task.cancel_pending, None
-            return exc
+    # Elsewhere it becomes `cancel_pending`, and the next trap that waits (`_WAITING`) is
+    # answered with it (in `_turn`).
 
     def _interrupt(self, task: Task, exc: BaseException) -> None:
         if task.allow_cancel and task.cancel_func is not None:
@@ -855,8 +864,7 @@ class Kernel:
         return self._spawn(coro)
 
     def _trap_sched_wait(self, room, state):
-        return self._pending() or self._suspend(
-            state, room._kernel_suspend(self._current))
+        return self._suspend(state, room._kernel_suspend(self._current))
 
     def _trap_sched_wake(self, room, n):
         for task in room._kernel_wake(n):
@@ -896,8 +904,6 @@ class Kernel:
                     self._interrupt(task, TaskTimeout(now))
 
     def _trap_sleep(self, seconds):
-        if exc := self._pending():
-            return exc
         task, now = self._current, time.monotonic()
         if seconds <= 0:
             self._schedule(task, now)
@@ -930,95 +936,78 @@ class Kernel:
     # -- files -------------------------------------------------------------------------
     #
     # pika's loop knows a file by its number and calls one handler for it; here one task
-    # may wait to read from it and another one to write to it:
-    #
-    #     _files:  fd -> (file object, {EVENT_READ: task, EVENT_WRITE: task})
-    #
-    # A task that reads a socket in a loop waits for the same thing again and again, so
-    # a wake-up leaves the registration in place (`_last_io`). Only if the task goes on
-    # to wait for something else, or ends, it is taken back: two system calls less each
-    # time. Plain numbers are taken back at once, since nobody can tell when a number
-    # has come to mean another file.
+    # may wait to read from it and another one to write to it, so there is a little table
+    # per number. An entry lasts for one wait. Numbers are used again as soon as a file
+    # is closed, therefore a file has to be released before; and whoever was left waiting
+    # for it must not take the entry of the next owner away (`_unwatch` looks first).
 
-    def _watch(self, fileobj, event: int, task: Task) -> None:
-        fd = fileobj if isinstance(fileobj, int) else fileobj.fileno()
-        known, waits = self._files.get(fd, (None, None))
-        if waits is not None and known is not fileobj and not isinstance(known, int):
-            if getattr(known, "closed", False) or known.fileno() != fd:
-                self._forget(fd)    # closed without a word, and its number used again
-                waits = None
-        if waits is None:
-            self.loop.add_handler(fd, self._on_io, self._mask({event: task}))
-            self._files[fd] = (fileobj, {event: task})
-            return
-        holder = waits.get(event)
-        if holder is not None and holder is not task:
-            if holder.cancel_func is not None:
-                busy = ReadResourceBusy if event == EVENT_READ else WriteResourceBusy
-                raise busy(f"another task waits for the same of {fileobj!r}")
-            holder._last_io = None
+    def _watch(self, fd: int, event: int, task: Task) -> None:
+        waits = self._files.setdefault(fd, {})
+        if event in waits:
+            busy = ReadResourceBusy if event == EVENT_READ else WriteResourceBusy
+            raise busy(f"another task waits for the same of file {fd}")
         waits[event] = task
-        if holder is None:
-            self.loop.update_handler(fd, self._mask(waits))
-
-    def _mask(self, waits: dict[int, Task]) -> int:
-        return (self.loop.ERROR | (self.loop.READ if EVENT_READ in waits else 0)
-                | (self.loop.WRITE if EVENT_WRITE in waits else 0))
+        try:
+            self._register(fd, waits, new=len(waits) == 1)
+        except OSError:
+            self._forget(fd)
+            raise
 
     def _unwatch(self, fd: int, event: int, task: Task) -> None:
-        task._last_io = None
-        fileobj, waits = self._files.get(fd, (None, {}))
-        if waits.get(event) is task:    # not if the file was released in the meantime
+        waits = self._files.get(fd, {})
+        if waits.get(event) is task:
             del waits[event]
-            if not waits:
-                self._forget(fd)
-            else:
-                self.loop.update_handler(fd, self._mask(waits))
+            self._register(fd, waits) if waits else self._forget(fd)
+
+    def _register(self, fd: int, waits: dict[int, Task], new: bool = False) -> None:
+        mask = self.loop.ERROR
+        if EVENT_READ in waits:
+            mask |= self.loop.READ
+        if EVENT_WRITE in waits:
+            mask |= self.loop.WRITE
+        if new:
+            self.loop.add_handler(fd, self._on_io, mask)
+        else:
+            self.loop.update_handler(fd, mask)
 
     def _forget(self, fd: int) -> None:
-        for task in self._files.pop(fd)[1].values():
-            task._last_io = None
+        del self._files[fd]
         try:
             self.loop.remove_handler(fd)
         except OSError:
             pass    # closed before it was forgotten: the poll forgot it first
 
     def _on_io(self, fd: int, events: int) -> None:
-        fileobj, waits = self._files.get(fd, (None, {}))
         # An error or a hang-up wakes both sides: their next read or write will show it.
         for event, other in ((EVENT_READ, self.loop.WRITE), (EVENT_WRITE, self.loop.READ)):
-            task = waits.get(event)
-            if task is not None and task.cancel_func is not None and events & ~other:
-                if isinstance(fileobj, int):
-                    self._unwatch(fd, event, task)
-                else:
-                    task._last_io = (fd, event)
+            task = self._files.get(fd, {}).get(event)
+            if task is not None and events & ~other:
+                self._unwatch(fd, event, task)
                 self._schedule(task)
 
     def _trap_io(self, fileobj, event, state):
-        if exc := self._pending():
-            return exc
         task = self._current
         try:
             fd = fileobj if isinstance(fileobj, int) else fileobj.fileno()
-            if task._last_io is not None and task._last_io != (fd, event):
-                self._unwatch(*task._last_io, task)
-            self._watch(fileobj, event, task)
+            self._watch(fd, event, task)
         except (ResourceBusy, OSError, ValueError) as exc:
             return exc
-        task._last_io = None
         return self._suspend(state, lambda: self._unwatch(fd, event, task))
 
     def _trap_io_release(self, fileobj):
-        fd = fileobj if isinstance(fileobj, int) else fileobj.fileno()
+        fd = self._number(fileobj)
         if fd in self._files:
             self._forget(fd)
 
     def _trap_io_waiting(self, fileobj):
-        fd = fileobj if isinstance(fileobj, int) else fileobj.fileno()
-        waits = self._files.get(fd, (None, {}))[1]
-        return tuple(task if task is not None and task.cancel_func else None
-                     for task in map(waits.get, (EVENT_READ, EVENT_WRITE)))
+        waits = self._files.get(self._number(fileobj), {})
+        return waits.get(EVENT_READ), waits.get(EVENT_WRITE)
+
+    def _number(self, fileobj) -> int | None:
+        try:
+            return fileobj if isinstance(fileobj, int) else fileobj.fileno()
+        except (AttributeError, OSError, ValueError):
+            return None     # closed, or no file at all: nobody waits for it
 
     # -- other threads -----------------------------------------------------------------
     #
@@ -1045,8 +1034,6 @@ class Kernel:
                 self._schedule(task)
 
     def _trap_future_wait(self, future, event):
-        if exc := self._pending():
-            return exc
         task = self._current
         task.future = future
 
