@@ -556,6 +556,7 @@ class _Run:
         self.task: sweepea.Task | None = None
         self.name = "?"
         self.started = False            # a stop waits for it
+        self.given_back = False         # a stop did not
         self.done = False
         self.acked = False              # said on an open channel; it may still be lost
         self.reply: bytes | None = None
@@ -582,7 +583,7 @@ class OliveOly:
         self._consumer: tuple | None = None             # (channel, consumer tag)
         self._in_hand: set[_Run] = set()
         self._runs: dict[tuple, _Run] = {}              # in hand, or done a while ago
-        self._done: deque[tuple] = deque()              # the keys of those done
+        self._done: deque[tuple] = deque()              # those done, oldest first
         self._trace = None
         try:
             load_tasks(self.config.tasks)
@@ -689,6 +690,7 @@ class OliveOly:
         runs = list(self._in_hand)
         for run in runs:
             if not run.started:
+                run.given_back = True
                 await run.task.cancel(blocking=False)
                 run.channel.basic_nack(run.tag)
         for run in runs:
@@ -718,7 +720,8 @@ class OliveOly:
     async def _live(self, run: _Run) -> None:
         began = time.time()
         try:
-            await self._decide(run)
+            if not run.given_back:
+                await self._decide(run)
         except AMQPError as exc:
             log.warning("%s goes back to the broker: %s", run.name, describe(exc))
         finally:
@@ -730,13 +733,8 @@ class OliveOly:
                 self._trace.write(",\n")
 
     async def _decide(self, run: _Run) -> None:
-        try:
-            request = Request(run.properties)
-        except ValueError as exc:
-            await self._bury(run, _failure("malformed", exc))
-            return
-        run.name = f"{_shown(request.name)}[{_shown(request.id)[1:-1]}]"
-        key = request.id, request.retries, hash(run.body)
+        headers = run.properties.headers or {}
+        key = repr(headers.get("id")), repr(headers.get("retries")), hash(run.body)
         known = self._runs.get(key)
         if known is not None and known.expects(run.redelivered):
             # Our connection was lost while we had it. The work goes on, or is done
@@ -745,21 +743,30 @@ class OliveOly:
             if known.done:
                 self._settle(known)
             return
+        self._runs[key] = run
+        try:
+            await self._work(run)
+        finally:
+            if not run.done:
+                if self._runs.get(key) is run:
+                    del self._runs[key]
+            else:
+                self._done.append((key, run))
+                if len(self._done) > self.config.prefetch:
+                    key, run = self._done.popleft()
+                    if self._runs.get(key) is run:
+                        del self._runs[key]
+
+    async def _work(self, run: _Run) -> None:
+        try:
+            request = Request(run.properties)
+        except ValueError as exc:
+            await self._bury(run, _failure("malformed", exc))
+            return
+        run.name = f"{_shown(request.name)}[{_shown(request.id)[1:-1]}]"
         if run.redelivered:
             await self._returned(run, request)
             return
-        self._runs[key] = run
-        try:
-            await self._work(run, request)
-        finally:
-            if not run.done:
-                self._runs.pop(key, None)
-            else:
-                self._done.append(key)
-                if len(self._done) > self.config.prefetch:
-                    self._runs.pop(self._done.popleft(), None)
-
-    async def _work(self, run: _Run, request: Request) -> None:
         now = datetime.now(timezone.utc)
         if request.expires and now > request.expires:
             run.reply = self._error_reply(request, "REVOKED", (
@@ -773,6 +780,8 @@ class OliveOly:
                 return
             if wait > 0:
                 await sleep(wait)
+                if run.given_back:  # woken and cancelled in the same turn
+                    return
         if request.name not in TASKS:
             await self._bury(run, _failure("unknown-task", NotRegistered(request.name)),
                              request)

@@ -50,14 +50,16 @@ from sweepea import Connection, describe, ignore_after
 # real scripts are looked for first.
 _SBIN = ("/usr/lib/rabbitmq/lib/rabbitmq_server-*/sbin", "/usr/lib/rabbitmq/bin",
          "/opt/homebrew/opt/rabbitmq/sbin", "/usr/local/opt/rabbitmq/sbin")  # fmt: skip
+# An epmd that Erlang started itself would be a daemon, and outlive us.
+_ERL_FLAGS = "-start_epmd false -kernel inet_dist_use_interface {127,0,0,1}"
 # Every file that RabbitMQ would look for in /etc is named, so that none is read there.
 # Logging to stdout puts also what goes wrong before logging starts into our file.
 _SETTINGS = """
 NODENAME={0.node} NODE_IP_ADDRESS=127.0.0.1 NODE_PORT={0.port} DIST_PORT={0.dist_port}
-CTL_DIST_PORT_MIN=0 CTL_DIST_PORT_MAX=0 LOGS=- LOG_BASE={0.folder} MNESIA_BASE={0.folder}
-CONFIG_FILE={0.folder}/rabbitmq.conf CONFIG_FILES={0.folder}/none PID_FILE={0.folder}/pid
-CONF_ENV_FILE={0.folder}/none ADVANCED_CONFIG_FILE={0.folder}/none
-ENABLED_PLUGINS_FILE={0.folder}/none"""
+CTL_DIST_PORT_MIN=0 CTL_DIST_PORT_MAX=0 LOGS=- LOG_BASE={0.folder}
+PID_FILE={0.folder}/pid MNESIA_BASE={0.folder} CONFIG_FILE={0.folder}/rabbitmq.conf
+CONFIG_FILES={0.folder}/none ADVANCED_CONFIG_FILE={0.folder}/none
+CONF_ENV_FILE={0.folder}/none ENABLED_PLUGINS_FILE={0.folder}/none"""
 # Runs "$@" beside a watcher that blocks on a pipe whose only write end is ours. However
 # we end, even by kill -9, the watcher reads end-of-file, kills "$@" and removes folder
 # $0. It is forked before the exec, so that no moment is unguarded, and as a member of
@@ -65,7 +67,6 @@ ENABLED_PLUGINS_FILE={0.folder}/none"""
 _WATCHED = """exec 3<&0 </dev/null
 (read -r _ <&3; kill -9 $$; rm -rf "$0") >/dev/null 2>&1 &
 exec "$@" 3<&-"""
-_numbers = itertools.count(1)
 
 
 class BrokerError(Exception):
@@ -73,12 +74,17 @@ class BrokerError(Exception):
 
 
 def _is_free(port: int) -> bool:
-    with socket.socket() as probe, suppress(OSError):
-        # As Erlang does: old connections in TIME_WAIT do not make a port taken.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(("127.0.0.1", port))
+    with suppress(OSError):
+        socket.create_server(("127.0.0.1", port)).close()
         return True
     return False
+
+
+def _end(process: subprocess.Popen[str] | None) -> None:
+    if process:
+        with suppress(ProcessLookupError, PermissionError):  # macOS: all are zombies
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 class PrivateBroker:
@@ -96,11 +102,10 @@ class PrivateBroker:
         self._sbin = Path(servers[0]).resolve().parent
         # Below the system's ephemeral ports: among those, a client that keeps retrying
         # a killed broker can connect to itself and so keep the port from start().
-        picks = random.SystemRandom().sample(range(20000, 32000), 1000)
-        free = (pick for pick in picks if _is_free(pick))
+        free = filter(_is_free, random.Random().sample(range(20000, 32000), 1000))
         self.port, self.dist_port = port or next(free), next(free)
         self.url = f"amqp://guest:guest@127.0.0.1:{self.port}/%2F"
-        self.node = f"olive-{os.getpid()}-{next(_numbers)}@localhost"
+        self.node = f"olive-{os.getpid()}-{self.port}@localhost"
         self.folder = Path(tempfile.mkdtemp(prefix="olive-broker-"))
         self.log = self.folder / "rabbit.log"
         self.process: subprocess.Popen[str] | None = None
@@ -118,8 +123,7 @@ class PrivateBroker:
             "ERL_EPMD_ADDRESS": "127.0.0.1",
             "ERL_EPMD_PORT": peer._env["ERL_EPMD_PORT"] if peer else str(next(free)),
             "HOME": peer._env["HOME"] if peer else str(self.folder),  # for the cookie
-            # An epmd that Erlang starts itself is a daemon, which would outlive us.
-            "ERL_AFLAGS": "-start_epmd false -kernel inet_dist_use_interface {127,0,0,1}",
+            "ERL_AFLAGS": _ERL_FLAGS,
         }
         # With a peer this epmd finds its port taken and leaves, but its watcher stays,
         # and removes the folder even if we are killed while the node is down.
@@ -133,21 +137,26 @@ class PrivateBroker:
             start_new_session=True)  # fmt: skip
 
     def start(self) -> None:
-        """Start the node, again after kill() or stop(), and wait until it serves AMQP."""
-        self.kill()
-        with self.log.open("a") as log:
+        """Start the node, first or again, and wait until it serves AMQP."""
+        if self.process and self.process.poll() is None:
+            return
+        self.kill()  # one that died by itself has left its watcher
+        with self.log.open("ab") as log:
+            begin = log.tell()
             self.process = self._spawn(self._sbin / "rabbitmq-server", log)
         deadline = time.monotonic() + 60
         while self.process.poll() is None and time.monotonic() < deadline:
-            with suppress(OSError):
-                with socket.create_connection(("127.0.0.1", self.port), 5) as probe:
-                    probe.sendall(b"AMQP\x00\x00\x09\x01")
-                    if probe.recv(1):
-                        return
+            address = ("127.0.0.1", self.port)
+            with suppress(OSError), socket.create_connection(address, 5) as probe:
+                probe.sendall(b"AMQP\x00\x00\x09\x01")
+                if probe.recv(1):
+                    return
             time.sleep(0.05)
         self.kill()
-        tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-20:])
-        raise BrokerError(f"RabbitMQ did not start; the end of its log:\n{tail}")
+        lines = self.log.read_bytes()[begin:].decode(errors="replace").splitlines()
+        # The first errors name the cause; the end is Erlang's report of the collapse.
+        told = [line for line in lines if "[error]" in line][:10] or lines[-10:]
+        raise BrokerError("\n".join(["RabbitMQ did not start; its log says:", *told]))
 
     def kill(self) -> None:
         """Kill the node (SIGKILL), as a power cut would; its data stay for start()."""
@@ -164,8 +173,7 @@ class PrivateBroker:
 
     def ctl(self, *args: str) -> str:
         """Run rabbitmqctl against this node and return what it prints."""
-        program = self._sbin / "rabbitmqctl"
-        command = self._spawn(program, subprocess.PIPE, "-q", *args)
+        command = self._spawn(self._sbin / "rabbitmqctl", subprocess.PIPE, "-q", *args)
         try:
             output, errors = command.communicate(timeout=120)
         finally:
@@ -174,21 +182,6 @@ class PrivateBroker:
             why = (errors + output).strip()[:500]
             raise BrokerError(f"rabbitmqctl {' '.join(args)} failed: {why}")
         return output
-
-    def close(self) -> None:
-        """End everything and remove the folder."""
-        self.kill()
-        _end(self._epmd)
-        for end in self._pipe:
-            os.close(end)
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _end(process: subprocess.Popen[str] | None) -> None:
-    if process:
-        with suppress(ProcessLookupError, PermissionError):  # macOS: all are zombies
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 @contextmanager
@@ -205,7 +198,11 @@ def private_broker(
         broker.start()
         yield broker
     finally:
-        broker.close()
+        broker.kill()
+        _end(broker._epmd)
+        for end in broker._pipe:
+            os.close(end)
+        shutil.rmtree(broker.folder, ignore_errors=True)
 
 
 # =====================================================================================

@@ -1153,6 +1153,7 @@ class Connection(_Closable):
             if not isinstance(error, AMQPError):    # some of pika's own are not
                 error = AMQPConnectionError(str(error))
             self._on_close(connection, error)
+            self._on_unblocked()    # who waits for that shall see that it is closed
 
         self.pika = SelectConnection(
             pika.URLParameters(url), custom_ioloop=self._kernel.loop,
@@ -1171,8 +1172,9 @@ class Connection(_Closable):
                     "nor acknowledged until it lifts that", frame.method.reason)
         self._unblocked.clear()
 
-    def _on_unblocked(self, _connection, _frame) -> None:
-        log.info("the broker has lifted the block")
+    def _on_unblocked(self, _connection=None, _frame=None) -> None:
+        if not self._unblocked.is_set() and self.closed is None:
+            log.info("the broker has lifted the block")
         self._unblocked._set = True
         room = self._unblocked._waiting
         self._kernel._trap_sched_wake(room, len(room))
