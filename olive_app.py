@@ -54,6 +54,9 @@ log = logging.getLogger("olive")
 MAX_RESULT = 16 << 20           # bytes of JSON; RabbitMQ 4 takes no larger message
 MAX_HEADERS = 130_000           # bytes; a header frame has to fit into 128 KiB
 MAX_ERROR, MAX_TRACEBACK = 1_000, 16_000    # characters, of what the dead queue keeps
+# Celery's clients know these by name, and where they live:
+MODULES = {"NotRegistered": "celery.exceptions", "WorkerLostError": "billiard.exceptions",
+           "TimeLimitExceeded": "billiard.exceptions"}
 MAX_RETURNS = 5                 # how often a message may come back before it is suspect
 LADDER = 17                     # rungs of the ladder of wait queues: 1 s ... 65,536 s
 
@@ -314,18 +317,16 @@ def _succeed(ident: str, ids: dict, result: Any, embed: dict) -> tuple:
     return "done", reply, following
 
 
-def _failure(reason: str, exc: BaseException, trace: str = "", embed: dict | None = None,
+def _failure(reason: str, exc: BaseException, embed: dict | None = None,
              ident: str = "", ids: dict | None = None) -> tuple:
     try:
         text = str(exc)
-    except BaseException:
-        text = "(its text could not be printed)"
-    names = {"TimeLimitExceeded": "billiard.exceptions",    # Celery knows these by name
-             "WorkerLostError": "billiard.exceptions",
-             "NotRegistered": "celery.exceptions"}
+        trace = "".join(traceback.format_exception(exc)) if exc.__traceback__ else ""
+    except BaseException:       # an exception whose str() raises
+        text, trace = "(no text)", "".join(traceback.format_tb(exc.__traceback__))
     kind = type(exc).__name__
-    error = (kind, names.get(kind, type(exc).__module__), _clean(text[:1_000_000]),
-             _clean(trace[-1_000_000:]))
+    error = (kind, MODULES.get(kind, type(exc).__module__), _clean(text)[:MAX_TRACEBACK],
+             _clean(trace)[-MAX_TRACEBACK:])
     following = [_message(step, [ident], None, ids or {})
                  for step in (embed or {}).get("errbacks") or ()]
     return reason, error, following
@@ -336,48 +337,36 @@ def _clean(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _failed(exc: BaseException, *details) -> tuple:
-    try:
-        trace = "".join(traceback.format_exception(exc))
-    except BaseException:       # an exception whose str() raises
-        trace = "".join(traceback.format_tb(exc.__traceback__))
-    return _failure("failed", exc, trace, *details)
-
-
-def _execute(name: str, ident: str, ids: dict, body: bytes) -> tuple:
-    """Run a task of which the body has come. Called in a worker; raises nothing."""
+async def _perform(name: str, ident: str, ids: dict, body: bytes) -> tuple:
+    """Run a task of which the body has come; return its outcome, whatever it does."""
+    embed = None
     try:
         args, kwargs, embed = _decode(body)
-    except Unsupported as exc:
-        return _failure("unsupported", exc)
-    except ValueError as exc:
-        return _failure("malformed", exc)
-    try:
-        return _succeed(ident, ids, TASKS[name].function(*args, **kwargs), embed)
-    except BaseException as exc:    # SystemExit and KeyboardInterrupt as well
-        return _failed(exc, embed, ident, ids)
-
-
-def _execute_in_child(modules: tuple[str, ...], *args) -> tuple:
-    load_tasks(modules)
-    return _execute(*args)
-
-
-async def _execute_here(name: str, ident: str, ids: dict, body: bytes) -> tuple:
-    """The same for a coroutine, on the kernel."""
-    try:
-        args, kwargs, embed = _decode(body)
-    except Unsupported as exc:
-        return _failure("unsupported", exc)
-    except ValueError as exc:
-        return _failure("malformed", exc)
-    try:
-        result = await TASKS[name].function(*args, **kwargs)
+        result = TASKS[name].function(*args, **kwargs)
+        if inspect.iscoroutine(result):
+            result = await result
         return _succeed(ident, ids, result, embed)
-    except BaseException as exc:
-        if (await current_task()).cancelled:
-            raise
-        return _failed(exc, embed, ident, ids)
+    except BaseException as exc:    # SystemExit and KeyboardInterrupt as well
+        if embed is None:
+            return _failure("unsupported" if isinstance(exc, Unsupported)
+                            else "malformed", exc)
+        if isinstance(exc, CancelledError) and (await current_task()).cancelled:
+            raise                   # it was the app that wanted the end
+        return _failure("failed", exc, embed, ident, ids)
+
+
+def _execute(*call) -> tuple:
+    """The same in a worker: a coroutine that waits for nothing ends at its first send."""
+    try:
+        _perform(*call).send(None)
+    except StopIteration as stop:
+        return stop.value
+    raise RuntimeError("a task that is no coroutine function returned a coroutine")
+
+
+def _execute_in_child(modules: tuple[str, ...], *call) -> tuple:
+    load_tasks(modules)
+    return _execute(*call)
 
 
 class TimeLimitExceeded(Exception):
@@ -646,7 +635,6 @@ class OliveOly:
 
     async def _main(self, background: tuple) -> None:
         config = self.config
-        task = await current_task()
         self._kernel = kernel = await sweepea._get_kernel()
         self._threads = ThreadPool(kernel, config.threads)
         self._processes = ProcessPool(kernel, config.processes)
@@ -822,7 +810,7 @@ class OliveOly:
                 run.started = True
                 run.task.name = run.name    # should it block the loop, it is named
                 if limit is None:
-                    return await _execute_here(*call)
+                    return await _perform(*call)
                 outcome = await self._run_limited(run, call, limit)
                 expired = outcome is None
             else:
@@ -840,7 +828,7 @@ class OliveOly:
         except WorkerLost as exc:
             return _failure("worker-lost", WorkerLostError(str(exc)))
         except Exception as exc:        # a child that cannot import the modules, say
-            return _failed(exc)
+            return _failure("failed", exc)
         if expired:
             if self._threads.abandoned >= self.config.threads:
                 log.error("every thread hangs in a task that does not end: stopping, to "
@@ -852,7 +840,7 @@ class OliveOly:
     async def _run_limited(self, run: _Run, call: tuple, limit: float) -> tuple | None:
         # A coroutine may swallow its cancellation. It runs in a task of its own, so that
         # its message need not wait for it.
-        child = await spawn(_execute_here(*call), daemon=True)
+        child = await spawn(_perform(*call), daemon=True)
         child.name = run.name
         try:
             await ignore_after(limit, child.wait())
@@ -888,14 +876,13 @@ class OliveOly:
         """Put it into the dead queue with the reason, reply FAILURE, acknowledge."""
         run.started = True
         reason, error, _ = outcome
-        kind, module, text, trace = error
+        kind, _, text, trace = error
         log.warning("%s is dead (%s): %s: %s", run.name, reason, kind, _shown(text))
         await self._publish("", self.config.dead_queue, run.body, _again(
             run.properties, **{"x-olive-reason": reason,
                                "x-olive-error": f"{kind}: {text}"[:MAX_ERROR],
-                               "x-olive-traceback": trace[-MAX_TRACEBACK:]}))
-        run.reply = self._error_reply(request, "FAILURE", (
-            kind, module, text[:MAX_TRACEBACK], trace[-MAX_TRACEBACK:]))
+                               "x-olive-traceback": trace}))
+        run.reply = self._error_reply(request, "FAILURE", error)
         self._settle(run)
 
     async def _wait(self, run: _Run, seconds: float, **changes: Any) -> None:
@@ -974,10 +961,10 @@ def main(argv: list[str] | None = None) -> None:
         OliveOly(config).start()
         return
     import olive_utils
-    if options.demo:
-        olive_utils.demo(config)
-        return
     try:
+        if options.demo:
+            olive_utils.demo(config)
+            return
         with olive_utils.private_broker(5672) as broker:
             print(f"a RabbitMQ of our own listens on {broker.port}; it goes when we go",
                   file=sys.stderr)

@@ -11,7 +11,6 @@ Copyright (c) 2026 the Sweepea authors. SPDX-License-Identifier: MIT
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import logging
 import os
@@ -49,7 +48,7 @@ from sweepea import Connection, describe, ignore_after
 # Debian's rabbitmq-server on PATH is a wrapper that changes user and folder, so the
 # real scripts are looked for first.
 _SBIN = ("/usr/lib/rabbitmq/lib/rabbitmq_server-*/sbin", "/usr/lib/rabbitmq/bin",
-         "/opt/homebrew/opt/rabbitmq/sbin", "/usr/local/opt/rabbitmq/sbin")  # fmt: skip
+         "/opt/homebrew/opt/rabbitmq/sbin", "/usr/local/opt/rabbitmq/sbin")
 # An epmd that Erlang started itself would be a daemon, and outlive us.
 _ERL_FLAGS = "-start_epmd false -kernel inet_dist_use_interface {127,0,0,1}"
 # Every file that RabbitMQ would look for in /etc is named, so that none is read there.
@@ -90,7 +89,7 @@ def _end(process: subprocess.Popen[str] | None) -> None:
 class PrivateBroker:
     """One RabbitMQ node on loopback, with its `url`, `port`, `log` and `process`."""
 
-    def __init__(self, port: int | None, peer: "PrivateBroker | None", config: str):
+    def __init__(self, port: int | None, peer: PrivateBroker | None, config: str):
         if port and not _is_free(port):
             raise BrokerError(f"port {port} is in use: stop its owner or take another")
         path = os.environ.get("PATH", "") + ":/opt/homebrew/bin:/usr/local/bin"
@@ -134,7 +133,7 @@ class PrivateBroker:
         return subprocess.Popen(
             ["sh", "-c", _WATCHED, self.folder, program, *args], stdin=self._pipe[0],
             stdout=output, stderr=output, env=self._env, cwd=self.folder, text=True,
-            start_new_session=True)  # fmt: skip
+            start_new_session=True)
 
     def start(self) -> None:
         """Start the node, first or again, and wait until it serves AMQP."""
@@ -212,15 +211,17 @@ def private_broker(
 class TaskFailed(Exception):
     """The task failed over there: `exc_type`, `text` and the remote `traceback`."""
 
-    def __init__(self, exc_type: str, text: str, trace: str | None) -> None:
-        super().__init__(f"{exc_type}: {text}")
-        self.exc_type, self.text, self.traceback = exc_type, text, trace
+    def __init__(self, reply: dict) -> None:
+        error = reply["result"]
+        self.exc_type, self.traceback = error["exc_type"], reply["traceback"] or ""
+        self.text = " ".join(map(str, error["exc_message"]))
+        super().__init__(f"{self.exc_type}: {self.text}")
 
 
 class Sender:
-    """A connection that sends tasks and receives their results; `await Sender.open()`.
+    """A connection that sends tasks, and puts the replies into the Queue `replies`.
 
-    Results come by RabbitMQ's direct reply-to: no queue has to be declared for them.
+    They come by RabbitMQ's direct reply-to: no queue has to be declared for them.
     """
 
     @classmethod
@@ -230,16 +231,16 @@ class Sender:
         self.config = config
         self.connection = await Connection.open(config.urls)
         self.channel = await self.connection.channel(confirm=True)
-        self.results: sweepea.Queue = sweepea.Queue()
-        kernel = await sweepea._get_kernel()
-
-        def on_reply(_channel, _method, properties, body) -> None:
-            self.results._items.append((properties.correlation_id, body))
-            kernel._spawn(self.results._filled.release()).daemon = True
-
-        await self.channel.call("basic_consume", "amq.rabbitmq.reply-to", on_reply,
-                                auto_ack=True)
+        self.replies = await self.consume(self.channel, "amq.rabbitmq.reply-to", True)
         return self
+
+    async def consume(self, channel, queue: str, auto_ack: bool = False) -> sweepea.Queue:
+        """Consume a queue; return a Queue of what comes: (method, properties, body)."""
+        kernel, messages = await sweepea._get_kernel(), sweepea.Queue()
+        await channel.call(
+            "basic_consume", queue, lambda _channel, *message:
+            kernel._spawn(messages.put(message)), auto_ack=auto_ack)
+        return messages
 
     async def send(self, name: str, args=(), kwargs=None, *, countdown=None, eta=None,
                    expires=None, time_limit=None, priority=None, ident=None) -> str:
@@ -250,14 +251,12 @@ class Sender:
             eta = now + timedelta(seconds=countdown)
         if isinstance(expires, (int, float)):
             expires = now + timedelta(seconds=expires)
-        if time_limit is not None and time_limit != int(time_limit):
-            time_limit = Decimal(str(time_limit))   # AMQP has doubles, pika has not
-        headers = {
-            "lang": "py", "task": name, "id": ident, "retries": 0, "root_id": ident,
-            "parent_id": None, "group": None, "eta": eta and eta.isoformat(),
-            "expires": expires and expires.isoformat(),
-            "timelimit": [time_limit if not time_limit or isinstance(time_limit, Decimal)
-                          else int(time_limit), None]}
+        if time_limit is not None:      # (AMQP has doubles, but pika has not)
+            time_limit = Decimal(str(time_limit))
+        headers = {"lang": "py", "task": name, "id": ident, "retries": 0,
+                   "root_id": ident, "parent_id": None, "group": None,
+                   "eta": eta and eta.isoformat(), "timelimit": [time_limit, None],
+                   "expires": expires and expires.isoformat()}
         body = json.dumps([list(args), dict(kwargs or {}), {
             "callbacks": None, "errbacks": None, "chain": None, "chord": None}])
         await self.channel.basic_publish(
@@ -268,19 +267,28 @@ class Sender:
                 reply_to="amq.rabbitmq.reply-to", priority=priority))
         return ident
 
-    async def receive(self, timeout: float | None) -> tuple[str, Any]:
-        """Wait for the next result: the id of its task, and what it returned or, as a
-        TaskFailed, what it raised. Raises TimeoutError."""
+    async def call(self, timeout: float | None, *args: Any, **options: Any) -> Any:
+        """See `call_task`; for one call at a time."""
         async with ignore_after(timeout) as timer:
-            ident, body = await self.results.get()
+            await self.send(*args, **options)
+            reply = json.loads((await self.replies.get())[2])
         if timer.expired:
             raise TimeoutError(f"no answer within {timeout:g} s")
-        reply = json.loads(body)
-        if reply["status"] == "SUCCESS":
-            return ident, reply["result"]
-        error = reply["result"]
-        text = " ".join(str(part) for part in error["exc_message"])
-        return ident, TaskFailed(error["exc_type"], text, reply["traceback"])
+        if reply["status"] != "SUCCESS":
+            raise TaskFailed(reply)
+        return reply["result"]
+
+
+def _connected(method: str, *args: Any, **options: Any) -> Any:
+    """Run a method of a Sender on a connection of its own."""
+    async def main() -> Any:
+        sender = await Sender.open(OliveAppConfig.from_env())
+        try:
+            return await getattr(sender, method)(*args, **options)
+        finally:
+            await sender.connection.close()
+
+    return sweepea.run(main)
 
 
 def send_task(name: str, args=(), kwargs=None, *, countdown: float | None = None,
@@ -292,16 +300,8 @@ def send_task(name: str, args=(), kwargs=None, *, countdown: float | None = None
     the broker cannot be reached, its UnroutableError if no queue is bound. The settings
     are the app's, from the environment.
     """
-    async def main() -> str:
-        sender = await Sender.open(OliveAppConfig.from_env())
-        try:
-            return await sender.send(name, args, kwargs, countdown=countdown, eta=eta,
-                                     expires=expires, time_limit=time_limit,
-                                     priority=priority)
-        finally:
-            await sender.connection.close()
-
-    return sweepea.run(main)
+    return _connected("send", name, args, kwargs, countdown=countdown, eta=eta,
+                      expires=expires, time_limit=time_limit, priority=priority)
 
 
 def call_task(name: str, args=(), kwargs=None, *, timeout: float | None = 30,
@@ -310,26 +310,8 @@ def call_task(name: str, args=(), kwargs=None, *, timeout: float | None = 30,
 
     Raises TaskFailed if it failed, TimeoutError if no result came within `timeout` s.
     """
-    async def main() -> Any:
-        sender = await Sender.open(OliveAppConfig.from_env())
-        try:
-            async with ignore_after(timeout) as timer:
-                await sender.send(name, args, kwargs, **options)
-                _, result = await sender.receive(None)
-        finally:
-            await sender.connection.close()
-        if timer.expired:
-            raise TimeoutError(f"no answer within {timeout:g} s")
-        if isinstance(result, TaskFailed):
-            raise result
-        return result
+    return _connected("call", timeout, name, args, kwargs, **options)
 
-    return sweepea.run(main)
-
-
-# =====================================================================================
-# The command
-# =====================================================================================
 
 def demo(config: OliveAppConfig) -> None:
     """Run the app, send it a handful of tasks of each kind, print what comes back."""
@@ -345,12 +327,13 @@ def demo(config: OliveAppConfig) -> None:
             sender = await Sender.open(app.config)
             for name, args, options in calls:
                 began = time.monotonic()
-                await sender.send(name, args, **options)
-                _, result = await sender.receive(30)
-                shown = ", ".join(map(repr, args)) + "".join(
-                    f", {key}={value}" for key, value in options.items())
-                answer = f"failed: {result}" if isinstance(result, TaskFailed) else result
-                print(f"{name}({shown}) -> {answer!s}  "
+                try:
+                    answer = await sender.call(30, name, args, **options)
+                except (TaskFailed, TimeoutError) as exc:
+                    answer = f"failed: {exc}"
+                shown = [repr(arg) for arg in args] + [
+                    f"{key}={value}" for key, value in options.items()]
+                print(f"{name}({', '.join(shown)}) -> {answer}  "
                       f"({1000 * (time.monotonic() - began):.0f} ms)")
             await sender.connection.close()
             app.stop()
@@ -364,120 +347,103 @@ def demo(config: OliveAppConfig) -> None:
     try:
         sweepea.run(find)
     except AMQPError:
-        try:
-            print("no RabbitMQ answers: starting a private one ...", file=sys.stderr)
-            with private_broker() as broker:
-                run(broker.url)
-        except BrokerError as exc:
-            olive_app.fail(str(exc), 1)
+        print("no RabbitMQ answers: starting a private one ...", file=sys.stderr)
+        with private_broker() as broker:
+            run(broker.url)
     else:
         run(config.url)
 
 
+# =====================================================================================
+# The command
+# =====================================================================================
+
 async def _send_many(sender: Sender, options: argparse.Namespace, args, kwargs) -> int:
     """Send the task so many times, print the results as they come; the exit status."""
-    sent: dict[str, float] = {}
-    latencies, failed, began, said = [], 0, time.monotonic(), time.monotonic()
+    count, sent, latencies, failed = options.count, {}, [], 0
+    began = said = time.monotonic()
+    window = sweepea.Semaphore(500)     # so many unconfirmed publishes at once
+    results = sender.replies
 
     async def send_all() -> None:
-        for _ in range(options.count):
-            ident = str(uuid.uuid4())
-            sent[ident] = time.monotonic()
+        for _ in range(count):
             await window.acquire()
-            await sweepea.spawn(send_one, ident, daemon=True)
+            await sweepea.spawn(send_one, daemon=True)
 
-    async def send_one(ident: str) -> None:
+    async def send_one() -> None:
+        ident = str(uuid.uuid4())
+        sent[ident] = time.monotonic()
         try:
             await sender.send(
                 options.task, args, kwargs, countdown=options.countdown, ident=ident,
                 expires=options.expires, time_limit=options.time_limit,
                 priority=options.priority)
         except AMQPError as exc:
-            sender.results._items.append((ident, exc))
-            await sender.results._filled.release()
-            return
-        if options.no_wait:
-            sender.results._items.append((ident, None))
-            await sender.results._filled.release()
+            await results.put((None, None, exc))
+        else:
+            if options.no_wait:
+                await results.put((None, pika.BasicProperties(correlation_id=ident), None))
         await window.release()
 
-    window = sweepea.Semaphore(500)     # so many unconfirmed publishes at once
     await sweepea.spawn(send_all, daemon=True)
-    for done in range(1, options.count + 1):
-        try:
-            async with ignore_after(options.timeout) as timer:
-                ident, body = await sender.results.get()
-        finally:
-            pass
+    for done in range(1, count + 1):
+        async with ignore_after(options.timeout) as timer:
+            _, properties, body = await results.get()
         if timer.expired:
             print(f"no answer within {options.timeout:g} s", file=sys.stderr)
             return 3
         if isinstance(body, AMQPError):
             raise body
-        latencies.append(time.monotonic() - sent.pop(ident))
-        if options.no_wait:
-            print(ident)
+        ident = properties.correlation_id
+        latencies.append(time.monotonic() - sent.pop(ident, began))
+        reply = json.loads(body) if body else {"status": "SUCCESS", "result": ident}
+        if reply["status"] == "SUCCESS":
+            print(ident if options.no_wait else json.dumps(reply["result"]))
         else:
-            failed += _show(json.loads(body))
-        if options.count > 1 and time.monotonic() - said > 0.2:
+            failed += 1
+            error = TaskFailed(reply)
+            print(f"{error.traceback}\n{error}".strip(), file=sys.stderr)
+        if count > 1 and time.monotonic() - said > 0.2:
             said = time.monotonic()
-            print(f"{done} of {options.count}", file=sys.stderr,
+            print(f"{done} of {count}", file=sys.stderr,
                   end="\r" if sys.stderr.isatty() else "\n")
-    if options.count > 1:
+    if count > 1:
         seconds, latencies = time.monotonic() - began, sorted(latencies)
-        p50, p99 = (1000 * latencies[int(len(latencies) * p)] for p in (0.5, 0.99))
-        print(f"{options.count - failed} ok, {failed} failed in {seconds:.2f} s: "
-              f"{options.count / seconds:.0f} tasks/s, latency p50 {p50:.1f} ms, p99 "
-              f"{p99:.1f} ms", file=sys.stderr)
+        p50, p99 = (1000 * latencies[int(count * part)] for part in (0.5, 0.99))
+        print(f"{count - failed} ok, {failed} failed in {seconds:.2f} s: "
+              f"{count / seconds:.0f} tasks/s, latency p50 {p50:.1f} ms, p99 {p99:.1f} ms",
+              file=sys.stderr)
     return 1 if failed else 0
 
 
-async def _dead_letters(sender: Sender, replay: bool) -> None:
+async def _dead_letters(sender: Sender, replay: bool) -> int:
     """Print the dead queue, or send to work again what lies in it now."""
     channel, config = await sender.connection.channel(), sender.config
     declared = await channel.call("queue_declare", config.dead_queue, passive=True)
     count = declared.method.message_count
-    letters: sweepea.Queue = sweepea.Queue()
-    kernel = await sweepea._get_kernel()
-
-    def on_letter(_channel, method, properties, body) -> None:
-        letters._items.append((method.delivery_tag, properties, body))
-        kernel._spawn(letters._filled.release()).daemon = True
-
-    # What is replayed is acknowledged one by one, after its confirm; what is only shown
-    # goes back when the channel closes.
+    # What is replayed is acknowledged one by one, each after its confirm; what is only
+    # shown goes back when the channel closes.
     await channel.call("basic_qos", prefetch_count=100 if replay else min(count, 65535))
-    if count:
-        await channel.call("basic_consume", config.dead_queue, on_letter)
+    letters = await sender.consume(channel, config.dead_queue) if count else None
     for _ in range(count):
-        tag, properties, body = await letters.get()
+        method, properties, body = await letters.get()
         headers = properties.headers or {}
-        if not replay:
+        if replay:
+            properties.headers = {name: value for name, value in headers.items()
+                                  if not str(name).startswith("x-olive-")}
+            if "retries" in headers:
+                properties.headers["retries"] = 0
+            await sender.channel.basic_publish(config.exchange, config.routing_key, body,
+                                               _again(properties))
+            channel.basic_ack(method.delivery_tag)
+        else:
             print(json.dumps({
                 "task": headers.get("task"), "id": headers.get("id"),
                 "reason": headers.get("x-olive-reason"),
                 "error": headers.get("x-olive-error"),
                 "body": body[:1000].decode(errors="replace")}, default=str))
-            continue
-        properties.headers = {name: value for name, value in headers.items()
-                              if not str(name).startswith("x-olive-")}
-        if "retries" in headers:
-            properties.headers["retries"] = 0
-        await sender.channel.basic_publish(config.exchange, config.routing_key, body,
-                                           _again(properties))
-        channel.basic_ack(tag)
     print(f"{count} {'sent back to work' if replay else 'dead'}", file=sys.stderr)
-
-
-def _show(reply: dict) -> bool:
-    """Print a result to stdout, or what went wrong to stderr; whether it went wrong."""
-    if reply["status"] == "SUCCESS":
-        print(json.dumps(reply["result"]))
-        return False
-    error = reply["result"]
-    print((reply["traceback"] or "") + f"{error['exc_type']}: "
-          + " ".join(map(str, error["exc_message"])), file=sys.stderr)
-    return True
+    return 0
 
 
 def _value(text: str) -> Any:
@@ -494,39 +460,38 @@ def main(argv: list[str] | None = None) -> None:
         "as JSON.", epilog="exit status: 0 done, 1 the task failed, 2 usage, 3 no answer "
         "in time, 4 no broker, or no queue bound. The settings are the app's: see "
         "python olive_app.py --help.")
-    parser.add_argument("task", nargs="?", metavar="TASK", help="the name of the task "
-                        "(without one: add 2 3)")
-    parser.add_argument("args", nargs="*", metavar="ARG | name=value", help="its "
-                        "arguments; each is JSON if it reads as JSON, else a string")
-    number = {"type": float, "metavar": "SECONDS"}
-    parser.add_argument("--count", type=int, default=1, metavar="N", help="send it N "
-                        "times; then a summary on stderr")
-    parser.add_argument("--no-wait", action="store_true", help="print the id of the task "
-                        "and do not wait")
-    parser.add_argument("--timeout", **number, default=30.0, help="wait so long for an "
-                        "answer (30)")
-    parser.add_argument("--countdown", **number, help="let it run after so many seconds")
-    parser.add_argument("--expires", **number, help="not after so many seconds")
-    parser.add_argument("--time-limit", **number, help="stop it after so many seconds")
-    parser.add_argument("--priority", type=int, metavar="0-255")
-    parser.add_argument("--dead", action="store_true", help="list the dead queue")
-    parser.add_argument("--replay", action="store_true", help="send the messages of the "
-                        "dead queue back to work")
+    option, number = parser.add_argument, {"type": float, "metavar": "SECONDS"}
+    option("task", nargs="?", metavar="TASK", help="its name (without one: add 2 3)")
+    option("args", nargs="*", metavar="ARG | name=value", help="the arguments; each is "
+           "JSON if it reads as JSON, else a string")
+    option("--count", type=int, default=1, metavar="N", help="send it N times; then a "
+           "summary on stderr")
+    option("--no-wait", action="store_true", help="print the id and do not wait")
+    option("--timeout", **number, default=30.0, help="wait so long for an answer (30)")
+    option("--countdown", **number, help="let it run after so many seconds")
+    option("--expires", **number, help="do not run it after so many seconds")
+    option("--time-limit", **number, help="stop it after so many seconds")
+    option("--priority", type=int, metavar="0-255")
+    option("--dead", action="store_true", help="list the dead queue")
+    option("--replay", action="store_true", help="send what is dead back to work")
+    option("--version", action="version", version=f"sweepea {sweepea.__version__}")
     options = parser.parse_intermixed_args(argv)
     if options.count < 1 or options.timeout <= 0:
         parser.error("--count and --timeout must be more than 0")
-    if options.priority is not None and not 0 <= options.priority <= 255:
+    if not 0 <= (options.priority or 0) <= 255:
         parser.error("--priority must be from 0 to 255")
-    if (options.dead or options.replay) and (options.task or options.dead
-                                             and options.replay):
+    if (options.dead or options.replay) and options.task or (
+            options.dead and options.replay):
         parser.error("--dead and --replay stand alone")
     if options.task is None:
         options.task, options.args = "add", ["2", "3"]
-    pairs = [arg.partition("=") for arg in options.args]
-    args = [_value(arg) for arg, (name, equals, _) in zip(options.args, pairs)
-            if not (equals and name.isidentifier())]
-    kwargs = {name: _value(value) for name, equals, value in pairs
-              if equals and name.isidentifier()}
+    args, kwargs = [], {}
+    for arg in options.args:
+        name, equals, value = arg.partition("=")
+        if equals and name.isidentifier():
+            kwargs[name] = _value(value)
+        else:
+            args.append(_value(arg))
     config = OliveAppConfig.from_env()
     logging.basicConfig(format="%(message)s", level="WARNING")
     logging.getLogger("pika").setLevel(logging.CRITICAL)
@@ -535,14 +500,13 @@ def main(argv: list[str] | None = None) -> None:
         sender = await Sender.open(config)
         try:
             if options.dead or options.replay:
-                await _dead_letters(sender, options.replay)
-                return 0
+                return await _dead_letters(sender, options.replay)
             return await _send_many(sender, options, args, kwargs)
         finally:
             await sender.connection.close()
 
     try:
-        status = sweepea.run(run)
+        raise SystemExit(sweepea.run(run))
     except UnroutableError:
         olive_app.fail(f"no queue is bound to {config.exchange} with the key "
                        f"{config.routing_key}: does the app run?", 4)
@@ -550,8 +514,7 @@ def main(argv: list[str] | None = None) -> None:
         olive_app.fail(f"no broker, or not as expected: {describe(exc)}. Start the app "
                        f"(python olive_app.py --with-broker), or set OLIVE_URL", 4)
     except KeyboardInterrupt:
-        status = 130
-    raise SystemExit(status)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

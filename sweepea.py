@@ -237,29 +237,16 @@ class Task:
     terminated = False
     joined = False          # somebody took notice of its end
     _trap_result = None     # the answer to give when it runs next
-    _result = None
-    _exception = None
+    _final_result = None
+    _final_exc = None
 
     def __init__(self, coro: Coroutine, parent: Task | None = None) -> None:
         Task._last_id = self.id = Task._last_id + 1
         self.parentid = parent and parent.id
         self.coro = coro
+        self.name = getattr(coro, "__qualname__", None)
         self.send = coro.send
-
-    @property
-    def name(self) -> str:
-        """The coroutine's qualified name, unless another one was set."""
-        return self.__dict__.get("name") or getattr(
-            self.coro, "__qualname__", str(self.coro))
-
-    @name.setter
-    def name(self, name: str) -> None:
-        self.__dict__["name"] = name
-
-    @property
-    def _deadlines(self) -> list[float | None]:
-        """The stack of deadlines that `timeout_after` keeps; made when first used."""
-        return self.__dict__.setdefault("deadlines", [])
+        self._deadlines: list[float | None] = []    # of the timeouts it is in
 
     def __repr__(self) -> str:
         return f"Task(id={self.id}, name={self.name!r}, state={self.state!r})"
@@ -278,9 +265,9 @@ class Task:
         """
         await self.wait()
         self.joined = True
-        if self._exception is not None:
-            raise TaskError("Task crash") from self._exception
-        return self._result
+        if self.exception is not None:
+            raise TaskError("Task crash") from self.exception
+        return self.result
 
     async def cancel(self, *, exc: type[BaseException] | BaseException = TaskCancelled,
                      blocking: bool = True) -> None:
@@ -299,23 +286,15 @@ class Task:
     def result(self) -> Any:
         """What the coroutine returned; raises what it raised. RuntimeError if alive."""
         if self.exception is not None:
-            raise self._exception
-        return self._result
-
-    @result.setter
-    def result(self, value: Any) -> None:
-        self._result = value
+            raise self.exception
+        return self._final_result
 
     @property
     def exception(self) -> BaseException | None:
         """What the coroutine raised, or None. RuntimeError if it has not ended."""
         if not self.terminated:
             raise RuntimeError("Task not terminated")
-        return self._exception
-
-    @exception.setter
-    def exception(self, exc: BaseException) -> None:
-        self._exception = exc
+        return self._final_exc
 
 
 class disable_cancellation:
@@ -375,16 +354,6 @@ class SchedFIFO:
 
 class SchedBarrier(SchedFIFO):
     """A waiting room that calls everybody at once."""
-
-    def __init__(self) -> None:
-        self._tasks = {}    # (no need to take the first ones out one by one)
-
-    def _kernel_wake(self, ntasks: int = 1) -> list[Task]:
-        tasks = list(self._tasks)[:ntasks]
-        for task in tasks:
-            del self._tasks[task]
-        return tasks
-
     async def wake(self, n: int | None = None) -> None:
         """Call n tasks, or all."""
         await super().wake(len(self) if n is None else n)
@@ -515,14 +484,11 @@ class _Timeout:
         return self
 
     async def __aexit__(self, kind, exc, tb) -> bool:
-        now = await _trap("trap_unset_timeout", self._earlier)
+        await _trap("trap_unset_timeout", self._earlier)
         deadlines = self._task._deadlines
         mine = len(deadlines) - 1
         try:
             if kind not in (TaskTimeout, TimeoutCancellationError):
-                if kind is None and deadlines[mine] is not None and now > deadlines[mine]:
-                    log.warning("%r ended well, but %.3f s after its timeout: it did not "
-                                "wait in between", self._task, now - deadlines[mine])
                 return False
             expired = [n for n, deadline in enumerate(deadlines)
                        if deadline is not None and deadline <= exc.args[0]]
@@ -736,10 +702,16 @@ class Kernel:
                 self.loop.remove_timeout(self._turn_handle)
             self._turn_at = when
             self._turn_handle = self.loop.call_later(
-                max(0, when - time.monotonic()), self._turn)
+                max(0, when - time.monotonic()), self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._turn_handle = None
+        self._turn()
 
     def _turn(self) -> None:
-        self._turn_handle = None
+        if self._turn_handle is not None:
+            self.loop.remove_timeout(self._turn_handle)
+            self._turn_handle = None
         self._turn_at = float("-inf")       # no need to arm anything while we are here
         ready, traps = self._ready, self._traps
         began = now = time.monotonic()
@@ -824,13 +796,13 @@ class Kernel:
         if task.joining is not None:
             self._trap_sched_wake(task.joining, len(task.joining))
         if isinstance(exc, StopIteration):
-            task.result = exc.value
+            task._final_result = exc.value
             return
         # The first frame of the traceback is the kernel's own: it would keep the turn's
         # variables alive, and tell the reader nothing.
         if exc.__traceback__ is not None:
             exc.__traceback__ = exc.__traceback__.tb_next
-        task.exception = exc
+        task._final_exc = exc
         if task is not self._main and not isinstance(exc, (CancelledError, SystemExit)):
             log.error("Task Crash: %r", task, exc_info=exc)
         if not isinstance(exc, (Exception, CancelledError)):
@@ -948,34 +920,34 @@ class Kernel:
             raise busy(f"another task waits for the same of file {fd}")
         waits[event] = task
         try:
-            self._register(fd, waits, new=len(waits) == 1)
-        except OSError:
-            self._forget(fd)
+            if len(waits) == 1:
+                self.loop.add_handler(fd, self._on_io, self._mask(waits))
+            else:
+                self.loop.update_handler(fd, self._mask(waits))
+        except (OSError, ValueError):   # closed, or no file that can be waited for
+            self._unwatch(fd, event, task)
             raise
 
     def _unwatch(self, fd: int, event: int, task: Task) -> None:
         waits = self._files.get(fd, {})
         if waits.get(event) is task:
             del waits[event]
-            self._register(fd, waits) if waits else self._forget(fd)
+            try:
+                if waits:
+                    self.loop.update_handler(fd, self._mask(waits))
+                else:
+                    self._forget(fd)
+            except (OSError, ValueError):
+                pass    # closed before it was forgotten: the poll forgot it first
 
-    def _register(self, fd: int, waits: dict[int, Task], new: bool = False) -> None:
-        mask = self.loop.ERROR
-        if EVENT_READ in waits:
-            mask |= self.loop.READ
-        if EVENT_WRITE in waits:
-            mask |= self.loop.WRITE
-        if new:
-            self.loop.add_handler(fd, self._on_io, mask)
-        else:
-            self.loop.update_handler(fd, mask)
+    def _mask(self, waits: dict[int, Task]) -> int:
+        loop = self.loop    # (errors are asked for always, as they end a wait)
+        return loop.ERROR | sum((loop.READ, loop.WRITE)[event == EVENT_WRITE]
+                                for event in waits)
 
     def _forget(self, fd: int) -> None:
         del self._files[fd]
-        try:
-            self.loop.remove_handler(fd)
-        except OSError:
-            pass    # closed before it was forgotten: the poll forgot it first
+        self.loop.remove_handler(fd)
 
     def _on_io(self, fd: int, events: int) -> None:
         # An error or a hang-up wakes both sides: their next read or write will show it.
@@ -986,9 +958,8 @@ class Kernel:
                 self._schedule(task)
 
     def _trap_io(self, fileobj, event, state):
-        task = self._current
+        fd, task = self._number(fileobj), self._current
         try:
-            fd = fileobj if isinstance(fileobj, int) else fileobj.fileno()
             self._watch(fd, event, task)
         except (ResourceBusy, OSError, ValueError) as exc:
             return exc
@@ -996,18 +967,18 @@ class Kernel:
 
     def _trap_io_release(self, fileobj):
         fd = self._number(fileobj)
-        if fd in self._files:
-            self._forget(fd)
+        for event, task in list(self._files.get(fd, {}).items()):
+            self._unwatch(fd, event, task)
 
     def _trap_io_waiting(self, fileobj):
         waits = self._files.get(self._number(fileobj), {})
         return waits.get(EVENT_READ), waits.get(EVENT_WRITE)
 
-    def _number(self, fileobj) -> int | None:
+    def _number(self, fileobj) -> int:
         try:
             return fileobj if isinstance(fileobj, int) else fileobj.fileno()
         except (AttributeError, OSError, ValueError):
-            return None     # closed, or no file at all: nobody waits for it
+            return -1       # closed, or no file at all
 
     # -- other threads -----------------------------------------------------------------
     #
@@ -1026,12 +997,14 @@ class Kernel:
 
     def _on_wake(self) -> None:
         self._waking = False
+        self._turn_at = float("-inf")       # the turn is not armed but taken at once
         while self._woken:
             task, future = self._woken.popleft()
             # A task that was cancelled may wait for another future by now.
             if task.future is future:
                 task.future = None
                 self._schedule(task)
+        self._turn()
 
     def _trap_future_wait(self, future, event):
         task = self._current
@@ -1571,8 +1544,7 @@ class ProcessPool:
         process, sock = self._idle.pop() if self._idle else self._start()
         try:
             await _send(sock, _HEAD.pack(len(call)) + call)
-            size, = _HEAD.unpack(await _receive(sock, _HEAD.size))
-            ok, answer = pickle.loads(await _receive(sock, size))
+            ok, answer = pickle.loads(await _receive(sock))
         except BaseException as exc:
             # Cancelled, dead or speaking nonsense: whatever it is, it is over.
             await _io_release(sock)
@@ -1619,15 +1591,14 @@ async def _send(sock: socket.socket, data: bytes) -> None:
             await _write_wait(sock)
 
 
-async def _receive(sock: socket.socket, size: int) -> bytes:
-    data = bytearray()
+async def _receive(sock: socket.socket) -> memoryview:
+    data, size = bytearray(), _HEAD.size
     while len(data) < size:
-        try:
-            chunk = sock.recv(min(size - len(data), 1 << 20))
-        except BlockingIOError:
-            await _read_wait(sock)
-            continue
+        await _read_wait(sock)
+        chunk = sock.recv(1 << 16)
         if not chunk:
             raise ConnectionResetError("end of file")
         data += chunk
-    return bytes(data)
+        if size == _HEAD.size <= len(data):
+            size += _HEAD.unpack_from(data)[0]
+    return memoryview(data)[_HEAD.size:]
