@@ -540,7 +540,7 @@ class _Run:
 
     def __init__(self, channel: sweepea.Channel, method, properties, body) -> None:
         self.deliver(channel, method.delivery_tag)
-        self.redelivered = method.redelivered
+        self.redelivered = self.suspect = method.redelivered
         self.properties, self.body = properties, body
         self.task: sweepea.Task | None = None
         self.name = "?"
@@ -573,6 +573,7 @@ class OliveOly:
         self._in_hand: set[_Run] = set()
         self._runs: dict[tuple, _Run] = {}              # in hand, or done a while ago
         self._done: deque[tuple] = deque()              # those done, oldest first
+        self._suspect: _Run | None = None               # see _alone
         self._trace = None
         try:
             load_tasks(self.config.tasks)
@@ -735,6 +736,8 @@ class OliveOly:
         try:
             await self._work(run)
         finally:
+            if self._suspect is run:
+                self._suspect = None
             if not run.done:
                 if self._runs.get(key) is run:
                     del self._runs[key]
@@ -754,6 +757,9 @@ class OliveOly:
         run.name = f"{_shown(request.name)}[{_shown(request.id)[1:-1]}]"
         if run.redelivered:
             await self._returned(run, request)
+            return
+        if request.returns > 1 and not await self._alone(run):
+            await self._wait(run, random.uniform(1, 8))
             return
         now = datetime.now(timezone.utc)
         if request.expires and now > request.expires:
@@ -797,6 +803,20 @@ class OliveOly:
         for headers, reply_to, body in following:
             await self._publish_following(headers, reply_to, body)
         await self._bury(run, (reason, answer, []), request)
+
+    async def _alone(self, run: _Run) -> bool:
+        """Whether it is the only suspect here, as soon as the others are out of the way.
+
+        What came back twice is worked alone, and other suspects step aside uncounted. If
+        it then kills the app, no innocent neighbour is counted with it.
+        """
+        run.suspect = True
+        if self._suspect is not None:
+            return False
+        self._suspect = run
+        while any(other.suspect and other is not run for other in self._in_hand):
+            await sleep(0.01)
+        return True
 
     async def _run(self, run: _Run, request: Request, registered: OliveTask) -> tuple:
         """Run the task where it belongs; return its outcome."""

@@ -654,6 +654,11 @@ class Kernel:
         # time, and taken our next turn with it: so always ask for a new one.
         self._turn_at = float("inf")
         self._arm(0)
+        for fd in list(self._files):    # closed by somebody who did not release it: the
+            try:                        # loop must not try to register that again
+                os.fstat(fd)
+            except OSError:
+                self._forget(fd)
         try:
             self.loop.start()
         finally:
@@ -663,11 +668,13 @@ class Kernel:
 
     async def _cancel_all(self) -> None:
         me = self._current
-        while others := [task for task in self._tasks.values() if task is not me]:
-            task = max(others, key=lambda task: task.id)
-            if await ignore_after(SHUTDOWN_GRACE, task.cancel()) is None:
-                if not task.terminated:
-                    self._drop(task)
+        while len(self._tasks) > 1:     # those who go may spawn others on their way
+            for task in sorted(self._tasks.values(), key=lambda t: t.id, reverse=True):
+                if task is not me and not task.terminated:
+                    async with ignore_after(SHUTDOWN_GRACE):
+                        await task.cancel()
+                    if not task.terminated:
+                        self._drop(task)
 
     def _drop(self, task: Task) -> None:
         """Give up a task that does not go although it was cancelled."""
@@ -818,7 +825,7 @@ class Kernel:
         if task.allow_cancel and task.cancel_func is not None:
             task.cancel_func()
             self._schedule(task, exc)
-        elif not isinstance(task.cancel_pending, TaskCancelled):
+        elif task.cancel_pending is None or not isinstance(exc, TaskTimeout):
             # (a timeout must not take the place of a cancellation that is due)
             task.cancel_pending = exc
 
