@@ -46,8 +46,8 @@ from pika.exceptions import AMQPError, ChannelClosedByBroker
 
 import sweepea
 from sweepea import (
-    CancelledError, Event, Kernel, Link, ProcessPool, ThreadPool, WorkerLost, _read_wait,
-    current_task, describe, ignore_after, sleep, spawn)
+    CancelledError, Event, Kernel, Link, ProcessPool, ThreadPool, WorkerLost,
+    _read_wait, current_task, describe, ignore_after, sleep, spawn)
 
 log = logging.getLogger("olive")
 
@@ -55,7 +55,8 @@ MAX_RESULT = 16 << 20           # bytes of JSON; RabbitMQ 4 takes no larger mess
 MAX_HEADERS = 130_000           # bytes; a header frame has to fit into 128 KiB
 MAX_ERROR, MAX_TRACEBACK = 1_000, 16_000    # characters, of what the dead queue keeps
 # Celery's clients know these by name, and where they live:
-MODULES = {"NotRegistered": "celery.exceptions", "WorkerLostError": "billiard.exceptions",
+MODULES = {"NotRegistered": "celery.exceptions",
+           "WorkerLostError": "billiard.exceptions",
            "TimeLimitExceeded": "billiard.exceptions"}
 MAX_RETURNS = 5                 # how often a message may come back before it is suspect
 LADDER = 17                     # rungs of the ladder of wait queues: 1 s ... 65,536 s
@@ -117,15 +118,17 @@ class OliveAppConfig:
               'must be a JSON object, such as {"x-queue-type": "quorum"}')
         check(self.worker in ("thread", "process"), "worker",
               f"must be thread or process, not {self.worker!r}")
-        for name, most in ("threads", 10_000), ("processes", 1_000), ("prefetch", 65_535):
+        for name, most in {"threads": 10_000, "processes": 1_000,
+                           "prefetch": 65_535}.items():
             value = getattr(self, name)
             check(type(value) is int and 1 <= value <= most, name,
                   f"must be a whole number from 1 to {most}, not {value!r}")
         for name in "task_timeout", "grace":
             value = getattr(self, name)
-            check(value is None and name == "task_timeout" or isinstance(
-                value, (int, float)) and 0 <= value < 1e9 and (value or name == "grace"),
-                name, f"must be a number of seconds, not {value!r}")
+            least = 0 if name == "grace" else 1e-9
+            check(isinstance(value, (int, float)) and least <= value < 1e9
+                  or value is None and name == "task_timeout",
+                  name, f"must be a number of seconds, not {value!r}")
         check(self.log_level in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
               "log_level", "must be DEBUG, INFO, WARNING, ERROR or CRITICAL")
 
@@ -311,7 +314,8 @@ def _succeed(ident: str, ids: dict, result: Any, embed: dict) -> tuple:
                         "traceback": None, "children": []}, allow_nan=False).encode()
     if len(reply) > MAX_RESULT:
         raise ValueError(f"the result is larger than {MAX_RESULT} bytes of JSON")
-    following = [_message(step, [result], None, ids) for step in embed["callbacks"] or ()]
+    following = [_message(step, [result], None, ids)
+                 for step in embed["callbacks"] or ()]
     if chain := embed["chain"]:     # a stack: the next step is its last element
         following.append(_message(chain[-1], [result], chain[:-1], ids))
     return "done", reply, following
@@ -325,8 +329,8 @@ def _failure(reason: str, exc: BaseException, embed: dict | None = None,
     except BaseException:       # an exception whose str() raises
         text, trace = "(no text)", "".join(traceback.format_tb(exc.__traceback__))
     kind = type(exc).__name__
-    error = (kind, MODULES.get(kind, type(exc).__module__), _clean(text)[:MAX_TRACEBACK],
-             _clean(trace)[-MAX_TRACEBACK:])
+    error = (kind, MODULES.get(kind, type(exc).__module__),
+             _clean(text)[:MAX_TRACEBACK], _clean(trace)[-MAX_TRACEBACK:])
     following = [_message(step, [ident], None, ids or {})
                  for step in (embed or {}).get("errbacks") or ()]
     return reason, error, following
@@ -356,7 +360,7 @@ async def _perform(name: str, ident: str, ids: dict, body: bytes) -> tuple:
 
 
 def _execute(*call) -> tuple:
-    """The same in a worker: a coroutine that waits for nothing ends at its first send."""
+    """The same in a worker: a coroutine that never waits ends at its first send."""
     try:
         _perform(*call).send(None)
     except StopIteration as stop:
@@ -480,7 +484,7 @@ def wait_key(seconds: float) -> str:
     return ".".join(f"{min(int(seconds), (1 << LADDER) - 1):0{LADDER}b}")
 
 
-# The ladder in which messages wait, inside the broker. A delay of 5 s is binary ...0101:
+# The ladder in which messages wait, inside the broker. 5 s is ...0101 in binary:
 #
 #   publish      +---------+   1: yes   +----------------+  4 s   +---------+
 #   ...0.1.0.1 ->| wait.2  |----------->| queue of rung 2|------->| wait.1  |
@@ -522,7 +526,7 @@ async def declare_topology(channel: sweepea.Channel, config: OliveAppConfig) -> 
 #   delivered --> a kernel task is spawned (_live)
 #       |
 #       +-- came back to us, and we have it in hand ------------> settle (below)
-#       +-- came back, not in hand: may have killed us ---------> published again, counted
+#       +-- came back, not in hand: may have killed us ---------> sent again, counted
 #       +-- makes no sense, unknown, failed for good -----------> dead queue
 #       +-- eta in the future, or failed and to be retried -----> ladder of wait queues
 #       +-- done -----------------------------------------------> next steps, if any
@@ -595,9 +599,9 @@ class OliveOly:
             level=self.config.log_level, format="%(asctime)s %(levelname)s %(message)s")
         # what pika reports, the link says in one line
         logging.getLogger("pika").setLevel(logging.CRITICAL)
-        # A signal handler of Python's does not end pika's poll, and one that took a lock
-        # could wait for the very code that it interrupted. But the interpreter itself
-        # can write each signal to a socket, and a kernel task reads that.
+        # A signal handler of Python's does not end pika's poll, and one that took a
+        # lock could wait for the very code that it interrupted. But the interpreter
+        # itself can write each signal to a socket, and a kernel task reads that.
         self._bell, theirs = socket.socketpair()
         self._bell.setblocking(False)
         theirs.setblocking(False)
@@ -716,10 +720,10 @@ class OliveOly:
         finally:
             self._in_hand.discard(run)
             if self._trace:
-                json.dump({"name": run.name, "ph": "X", "pid": os.getpid(), "tid": run.tag,
-                           "ts": began * 1e6, "dur": (time.time() - began) * 1e6},
-                          self._trace)
-                self._trace.write(",\n")
+                print(json.dumps({
+                    "name": run.name, "ph": "X", "pid": os.getpid(), "tid": run.tag,
+                    "ts": began * 1e6, "dur": (time.time() - began) * 1e6}),
+                    end=",\n", file=self._trace)
 
     async def _decide(self, run: _Run) -> None:
         headers = run.properties.headers or {}
@@ -794,21 +798,23 @@ class OliveOly:
         if reason == "worker-lost":     # it may have been the neighbours' fault
             most = max(most, 1)
         if reason in ("failed", "timeout", "worker-lost") and request.retries < most:
-            delay = registered.retry_delay * 2 ** request.retries * random.uniform(1, 1.25)
+            delay = registered.retry_delay * 2 ** request.retries
+            delay *= random.uniform(1, 1.25)
             eta = datetime.now(timezone.utc) + timedelta(seconds=delay)
             log.info("%s: %s: %s; try %d of %d in %.1f s", run.name, answer[0],
                      _shown(answer[2]), request.retries + 2, most + 1, delay)
-            await self._wait(run, delay, retries=request.retries + 1, eta=eta.isoformat())
+            await self._wait(run, delay, retries=request.retries + 1,
+                             eta=eta.isoformat())
             return
         for headers, reply_to, body in following:
             await self._publish_following(headers, reply_to, body)
         await self._bury(run, (reason, answer, []), request)
 
     async def _alone(self, run: _Run) -> bool:
-        """Whether it is the only suspect here, as soon as the others are out of the way.
+        """Whether it is the only suspect here, once the others are out of the way.
 
-        What came back twice is worked alone, and other suspects step aside uncounted. If
-        it then kills the app, no innocent neighbour is counted with it.
+        What came back twice is worked alone, and other suspects step aside uncounted.
+        If it then kills the app, no innocent neighbour is counted with it.
         """
         run.suspect = True
         if self._suspect is not None:
@@ -851,15 +857,15 @@ class OliveOly:
             return _failure("failed", exc)
         if expired:
             if self._threads.abandoned >= self.config.threads:
-                log.error("every thread hangs in a task that does not end: stopping, to "
-                          "be started afresh")
+                log.error("every thread hangs in a task that does not end: stopping, "
+                          "to be started afresh")
                 self.stop(1)
             return _failure("timeout", TimeLimitExceeded(f"{limit:g} s"))
         return outcome
 
     async def _run_limited(self, run: _Run, call: tuple, limit: float) -> tuple | None:
-        # A coroutine may swallow its cancellation. It runs in a task of its own, so that
-        # its message need not wait for it.
+        # A coroutine may swallow its cancellation. It runs in a task of its own, so
+        # that its message need not wait for it.
         child = await spawn(_perform(*call), daemon=True)
         child.name = run.name
         try:
@@ -880,9 +886,10 @@ class OliveOly:
             # A reply that the broker does not take closes the channel, and the message
             # comes again: then it is acknowledged without one.
             if reply_to and run.reply is not None and run.tries <= 2:
-                run.channel.pika.basic_publish("", reply_to, run.reply, pika.BasicProperties(
+                properties = pika.BasicProperties(
                     content_type="application/json", content_encoding="utf-8",
-                    correlation_id=run.properties.correlation_id))
+                    correlation_id=run.properties.correlation_id)
+                run.channel.pika.basic_publish("", reply_to, run.reply, properties)
             run.acked = run.channel.basic_ack(run.tag)
 
     def _error_reply(self, request: Request | None, status: str, error: tuple) -> bytes:
@@ -892,7 +899,8 @@ class OliveOly:
                 "exc_type": kind, "exc_message": [text], "exc_module": module},
             "traceback": trace, "children": []}).encode()
 
-    async def _bury(self, run: _Run, outcome: tuple, request: Request | None = None) -> None:
+    async def _bury(self, run: _Run, outcome: tuple,
+                    request: Request | None = None) -> None:
         """Put it into the dead queue with the reason, reply FAILURE, acknowledge."""
         run.started = True
         reason, error, _ = outcome
@@ -919,18 +927,18 @@ class OliveOly:
     async def _returned(self, run: _Run, request: Request) -> None:
         """Count a message that came back: it may be what killed the one who had it."""
         if request.returns >= MAX_RETURNS:
-            await self._bury(run, _failure("returned", RuntimeError(
-                f"came back {request.returns} times: does it kill its worker?")), request)
+            error = RuntimeError(f"came back {request.returns} times: does it kill us?")
+            await self._bury(run, _failure("returned", error), request)
             return
         await self._wait(run, 2 ** request.returns if request.returns else 0,
                          **{"x-olive-returns": request.returns + 1})
 
     async def _publish_following(self, headers: dict, reply_to, body: bytes) -> None:
+        properties = pika.BasicProperties(
+            content_type="application/json", content_encoding="utf-8", delivery_mode=2,
+            correlation_id=headers["id"], reply_to=reply_to, headers=headers)
         await self._publish(self.config.exchange, self.config.routing_key, body,
-                            pika.BasicProperties(
-                                content_type="application/json", content_encoding="utf-8",
-                                delivery_mode=2, correlation_id=headers["id"],
-                                reply_to=reply_to, headers=headers))
+                            properties)
 
     async def _publish(self, exchange: str, key: str, body: bytes,
                        properties: pika.BasicProperties) -> None:
@@ -959,8 +967,8 @@ class OliveOly:
 def main(argv: list[str] | None = None) -> None:
     """`python olive_app.py`: run the demo tasks and those of OLIVE_TASKS."""
     parser = argparse.ArgumentParser(
-        prog="olive_app.py", description="Run tasks from RabbitMQ: the demo tasks (add, "
-        "do_nothing, sleep_n, fib, fail) and those that the modules in OLIVE_TASKS "
+        prog="olive_app.py", description="Run tasks from RabbitMQ: the demo tasks (add,"
+        " do_nothing, sleep_n, fib, fail) and those that the modules in OLIVE_TASKS "
         "register.", formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="settings (environment variables) and their defaults:\n" + "\n".join(
             f"  OLIVE_{f.name.upper():16} {getattr(OliveAppConfig(), f.name)!r}"
@@ -971,8 +979,8 @@ def main(argv: list[str] | None = None) -> None:
     group.add_argument("--with-broker", action="store_true", help="start a RabbitMQ of "
                        "one's own on port 5672, for development; it goes with the app")
     group.add_argument("--demo", action="store_true", help="send a handful of tasks, "
-                       "print what comes back, and exit; with a private RabbitMQ if none "
-                       "answers")
+                       "print what comes back, and exit; with a private RabbitMQ if "
+                       "none answers")
     options = parser.parse_args(argv)
     sys.path.append(os.getcwd())        # for the modules in OLIVE_TASKS
     config = OliveAppConfig.from_env()

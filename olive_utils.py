@@ -234,7 +234,8 @@ class Sender:
         self.replies = await self.consume(self.channel, "amq.rabbitmq.reply-to", True)
         return self
 
-    async def consume(self, channel, queue: str, auto_ack: bool = False) -> sweepea.Queue:
+    async def consume(self, channel: sweepea.Channel, queue: str,
+                      auto_ack: bool = False) -> sweepea.Queue:
         """Consume a queue; return a Queue of what comes: (method, properties, body)."""
         kernel, messages = await sweepea._get_kernel(), sweepea.Queue()
         await channel.call(
@@ -382,7 +383,8 @@ async def _send_many(sender: Sender, options: argparse.Namespace, args, kwargs) 
             await results.put((None, None, exc))
         else:
             if options.no_wait:
-                await results.put((None, pika.BasicProperties(correlation_id=ident), None))
+                properties = pika.BasicProperties(correlation_id=ident)
+                await results.put((None, properties, None))
         await window.release()
 
     await sweepea.spawn(send_all, daemon=True)
@@ -411,8 +413,8 @@ async def _send_many(sender: Sender, options: argparse.Namespace, args, kwargs) 
         seconds, latencies = time.monotonic() - began, sorted(latencies)
         p50, p99 = (1000 * latencies[int(count * part)] for part in (0.5, 0.99))
         print(f"{count - failed} ok, {failed} failed in {seconds:.2f} s: "
-              f"{count / seconds:.0f} tasks/s, latency p50 {p50:.1f} ms, p99 {p99:.1f} ms",
-              file=sys.stderr)
+              f"{count / seconds:.0f} tasks/s, latency p50 {p50:.1f} ms, p99 "
+              f"{p99:.1f} ms", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -433,8 +435,8 @@ async def _dead_letters(sender: Sender, replay: bool) -> int:
                                   if not str(name).startswith("x-olive-")}
             if "retries" in headers:
                 properties.headers["retries"] = 0
-            await sender.channel.basic_publish(config.exchange, config.routing_key, body,
-                                               _again(properties))
+            await sender.channel.basic_publish(
+                config.exchange, config.routing_key, body, _again(properties))
             channel.basic_ack(method.delivery_tag)
         else:
             print(json.dumps({
@@ -456,10 +458,10 @@ def _value(text: str) -> Any:
 def main(argv: list[str] | None = None) -> None:
     """`python olive_utils.py`: send a task and print its result."""
     parser = argparse.ArgumentParser(
-        prog="olive_utils.py", description="Send a task to the app and print its result, "
-        "as JSON.", epilog="exit status: 0 done, 1 the task failed, 2 usage, 3 no answer "
-        "in time, 4 no broker, or no queue bound. The settings are the app's: see "
-        "python olive_app.py --help.")
+        prog="olive_utils.py", description="Send a task to the app and print its "
+        "result, as JSON.", epilog="exit status: 0 done, 1 the task failed, 2 usage, 3 no "
+        "answer in time, 4 no broker, or no queue bound. The settings are the app's: "
+        "see python olive_app.py --help.")
     option, number = parser.add_argument, {"type": float, "metavar": "SECONDS"}
     option("task", nargs="?", metavar="TASK", help="its name (without one: add 2 3)")
     option("args", nargs="*", metavar="ARG | name=value", help="the arguments; each is "

@@ -589,7 +589,6 @@ class Kernel:
         self._main: Task | None = None
         self._turn_at = float("inf")                        # see _arm
         self._turn_handle = None
-        self._running = False
         self._shutdown_funcs: list[Callable[[], Any]] | None = []
         self._traps: dict[str, Callable] = {
             "trap_io": self._trap_io,
@@ -612,7 +611,7 @@ class Kernel:
 
     def run(self, corofunc: Callable[..., Coroutine] | Coroutine | None = None,
             *args: Any, shutdown: bool = False) -> Any:
-        """Run `corofunc(*args)` until it ends; return its result or raise its exception.
+        """Run `corofunc(*args)` until it ends; return its result or raise what it did.
 
         Other tasks stay where they are and go on with the next `run`. Without a
         coroutine: one pass over whatever is ready and due. With `shutdown=True`: cancel
@@ -621,8 +620,8 @@ class Kernel:
         Raises RuntimeError if the kernel is running already, or was shut down.
         """
         if self._shutdown_funcs is None:
-            raise RuntimeError("this kernel was shut down or has crashed: make a new one")
-        if self._running:
+            raise RuntimeError("this kernel was shut down, or crashed: make a new one")
+        if self._current is not None:
             raise RuntimeError("this kernel is running already")
         main = self._spawn(_coroutine(corofunc, args)) if corofunc else None
         try:
@@ -633,7 +632,10 @@ class Kernel:
                 last = self._spawn(self._cancel_all())
                 last.joined = True
                 self._drive(last)
-                self._close()
+                funcs, self._shutdown_funcs = self._shutdown_funcs, None
+                for func in funcs:
+                    func()
+                self.loop.close()
         if main:
             main.joined = True
             return main.result
@@ -649,7 +651,7 @@ class Kernel:
         self._shutdown_funcs.append(func)
 
     def _drive(self, main: Task | None) -> None:
-        self._main, self._running = main, True
+        self._main = main
         # A callback of somebody else's may have raised its way out of the loop the last
         # time, and taken our next turn with it: so always ask for a new one.
         self._turn_at = float("inf")
@@ -662,9 +664,8 @@ class Kernel:
         try:
             self.loop.start()
         finally:
-            self._running = False
             if self._shutdown_funcs is None:
-                self.loop.close()       # crashed, see _crash
+                self.loop.close()       # crashed, see _turn
 
     async def _cancel_all(self) -> None:
         me = self._current
@@ -685,16 +686,7 @@ class Kernel:
             pass    # not even for GeneratorExit
         if task.cancel_func:
             task.cancel_func()
-        self._ready = deque(other for other in self._ready if other is not task)
         self._end(task, TaskCancelled("dropped"))
-
-    def _close(self) -> None:
-        funcs, self._shutdown_funcs = self._shutdown_funcs, None
-        try:
-            for func in funcs:
-                func()
-        finally:
-            self.loop.close()
 
     # -- the turn ----------------------------------------------------------------------
 
@@ -727,6 +719,8 @@ class Kernel:
             while ready:
                 for _ in range(len(ready)):
                     task = self._current = ready.popleft()
+                    if task.terminated:
+                        continue    # dropped, see _drop
                     task.state = "RUNNING"
                     task.cycles += 1
                     answer, task._trap_result = task._trap_result, None
@@ -750,7 +744,9 @@ class Kernel:
                             # Traps do not raise (they answer with exceptions). This is
                             # a request that is no trap, a fault of the program: nobody
                             # can know any more what the other tasks wait for.
-                            self._crash()
+                            self._shutdown_funcs = self._main = None
+                            self._tasks.clear()
+                            ready.clear()
                             raise
 
                     before, now = now, time.monotonic()
@@ -768,11 +764,6 @@ class Kernel:
                 self._arm(0)
             elif self._timers:
                 self._arm(self._timers[0][0])
-
-    def _crash(self) -> None:
-        self._shutdown_funcs, self._main = None, None
-        self._tasks.clear()
-        self._ready.clear()
 
     def _spawn(self, coro: Coroutine) -> Task:
         """Make a task of a coroutine. For callbacks of pika, which cannot trap."""
@@ -818,8 +809,8 @@ class Kernel:
     # -- cancellation ------------------------------------------------------------------
     #
     # An exception can be raised in a task only where it waits, that is: inside a trap.
-    # Elsewhere it becomes `cancel_pending`, and the next trap that waits (`_WAITING`) is
-    # answered with it (in `_turn`).
+    # Elsewhere it becomes `cancel_pending`, and the next trap that waits (`_WAITING`)
+    # is answered with it (in `_turn`).
 
     def _interrupt(self, task: Task, exc: BaseException) -> None:
         if task.allow_cancel and task.cancel_func is not None:
@@ -915,10 +906,11 @@ class Kernel:
     # -- files -------------------------------------------------------------------------
     #
     # pika's loop knows a file by its number and calls one handler for it; here one task
-    # may wait to read from it and another one to write to it, so there is a little table
-    # per number. An entry lasts for one wait. Numbers are used again as soon as a file
-    # is closed, therefore a file has to be released before; and whoever was left waiting
-    # for it must not take the entry of the next owner away (`_unwatch` looks first).
+    # may wait to read from it and another one to write to it, so there is a little
+    # table per number. An entry lasts for one wait. Numbers are used again as soon as a
+    # file is closed, therefore a file has to be released before; and whoever was left
+    # waiting for it must not take the entry of the next owner away (`_unwatch` looks
+    # first).
 
     def _watch(self, fd: int, event: int, task: Task) -> None:
         waits = self._files.setdefault(fd, {})
@@ -958,9 +950,9 @@ class Kernel:
 
     def _on_io(self, fd: int, events: int) -> None:
         # An error or a hang-up wakes both sides: their next read or write will show it.
-        for event, other in ((EVENT_READ, self.loop.WRITE), (EVENT_WRITE, self.loop.READ)):
-            task = self._files.get(fd, {}).get(event)
-            if task is not None and events & ~other:
+        others = {EVENT_READ: self.loop.WRITE, EVENT_WRITE: self.loop.READ}
+        for event, task in list(self._files.get(fd, {}).items()):
+            if events & ~others[event]:
                 self._unwatch(fd, event, task)
                 self._schedule(task)
 
@@ -1173,7 +1165,7 @@ class Connection(_Closable):
         return channel
 
     async def close(self, timeout: float = 2.0) -> None:
-        """Close the connection; wait `timeout` seconds at most for the broker's word."""
+        """Close the connection; wait `timeout` s at most for the broker's word."""
         if not (self.pika.is_closed or self.pika.is_closing):
             self.pika.close()
         if self.closed is None:
@@ -1221,7 +1213,8 @@ class Channel(_Closable):
     # it, and in order. So the first one in flight that is the same message is it (if
     # there are two the same, to the byte, it does not matter which).
     def _on_return(self, _channel, method, properties, body) -> None:
-        returned = (method.exchange, method.routing_key, properties.correlation_id, body)
+        returned = (method.exchange, method.routing_key, properties.correlation_id,
+                    body)
         for entry in self._unconfirmed.values():
             if entry[1] == returned and entry[2] is None:
                 entry[2] = UnroutableError([method])
@@ -1262,7 +1255,8 @@ class Link:
     goes wrong there costs no delivery.
     """
 
-    def __init__(self, urls: Iterable[str], on_connect: Callable[..., Awaitable]) -> None:
+    def __init__(self, urls: Iterable[str],
+                 on_connect: Callable[..., Awaitable]) -> None:
         self._urls = list(urls)
         self._on_connect = on_connect
         self._connection: Connection | None = None
@@ -1294,7 +1288,8 @@ class Link:
                 # was cancelled) takes the connection with it: there is one way back.
                 reason = await channel.wait_closed()
             except AMQPError as exc:
-                if not self.ever_up and isinstance(exc, (*REFUSED, ChannelClosedByBroker)):
+                refusals = (*REFUSED, ChannelClosedByBroker)
+                if not self.ever_up and isinstance(exc, refusals):
                     raise
                 reason = exc
             finally:
@@ -1304,13 +1299,13 @@ class Link:
                     self._connection = None
             # A connection that held for a while starts again from the shortest wait.
             attempt = 0 if await clock() - began > MAX_BACKOFF else attempt + 1
-            wait = min(MAX_BACKOFF, 0.5 * 2 ** min(attempt, 10)) * random.uniform(0.5, 1)
+            wait = min(MAX_BACKOFF, 0.5 * 2 ** min(attempt, 10))
             if (text := describe(reason)) != said:
                 log.warning("%s: %s; trying again, at most every %.0f s",
                             "connection lost" if self.ever_up and not said
                             else "no connection to the broker", text, MAX_BACKOFF)
                 said = text
-            await sleep(wait)
+            await sleep(wait * random.uniform(0.5, 1))
 
     async def publish(self, exchange: str, routing_key: str, body: bytes,
                       properties: pika.BasicProperties) -> None:
@@ -1419,7 +1414,7 @@ class _Job:
 
 
 class ThreadPool:
-    """The threads of a kernel; `abandoned` of them are lost in calls that do not end."""
+    """The threads of a kernel; `abandoned` of them are lost in endless calls."""
 
     def __init__(self, kernel: Kernel, size: int) -> None:
         self.size = size
@@ -1462,7 +1457,8 @@ class ThreadPool:
         self._threads -= 1
         self.abandoned += 1
         log.warning("a thread was abandoned in %s, which does not end (%d of %d)",
-                    getattr(job.func, "__qualname__", job.func), self.abandoned, self.size)
+                    getattr(job.func, "__qualname__", job.func), self.abandoned,
+                    self.size)
 
     def shutdown(self) -> None:
         for _ in range(self._threads):
