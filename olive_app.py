@@ -110,8 +110,9 @@ class OliveAppConfig:
         for name in ("exchange", "queue", "routing_key", "dead_queue"):
             value = getattr(self, name)
             # 255 bytes is the limit of AMQP, and the wait queues add to the name
-            check(isinstance(value, str) and 0 < len(value.encode()) <= 240, name,
-                  "must have 1 to 240 bytes")
+            check(isinstance(value, str) and value.isprintable()
+                  and 0 < len(value.encode()) <= 240, name,
+                  "must have 1 to 240 bytes of printable text")
             check(not value.startswith("amq."), name, "'amq.' belongs to the broker")
         check(self.dead_queue != self.queue, "dead_queue", "must not be OLIVE_QUEUE")
         check(isinstance(self.queue_arguments, dict), "queue_arguments",
@@ -131,6 +132,9 @@ class OliveAppConfig:
                   name, f"must be a number of seconds, not {value!r}")
         check(self.log_level in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
               "log_level", "must be DEBUG, INFO, WARNING, ERROR or CRITICAL")
+        folder = os.path.dirname(self.trace) or "."
+        check(os.access(folder, os.W_OK) and not os.path.isdir(self.trace), "trace",
+              f"cannot write the file {self.trace!r}")
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> OliveAppConfig:
@@ -153,15 +157,11 @@ class OliveAppConfig:
                     value = given.pop(variable).strip()
                     try:
                         values[name] = readers.get(name, str)(value)
-                    except ValueError:
+                    except (ValueError, RecursionError):
                         values[name] = value    # the check will say what it must be
             config = cls(**values)
-            if config.trace:
-                open(config.trace, "a").close()
         except ValueError as exc:
             fail(str(exc), 2)
-        except OSError as exc:
-            fail(f"OLIVE_TRACE: cannot write {exc.filename!r}: {exc.strerror}", 2)
         for name in given:
             print(f"olive: unknown setting {name} (ignored)", file=sys.stderr)
         return config
@@ -206,6 +206,9 @@ def task(name: str | Callable | None = None, worker: str | None = None,
         return task()(name)
     if worker not in (None, "thread", "process"):
         raise ValueError(f"worker must be 'thread' or 'process', not {worker!r}")
+    if not (timeout is None or timeout > 0) or retry_delay < 0 or not (
+            type(retries) is int and retries >= 0):
+        raise ValueError("timeout must be above 0, retries and retry_delay at least 0")
 
     def register(function: Callable) -> Callable:
         key = name or function.__name__
@@ -285,8 +288,13 @@ def _decode(body: bytes) -> tuple[list, dict, dict]:
     for key in "callbacks", "errbacks", "chain":
         steps += embed.setdefault(key, None) or []
     for step in steps:
-        if not (isinstance(step, dict) and isinstance(step.get("task"), str)):
+        options = step.get("options") or {} if isinstance(step, dict) else None
+        if not (isinstance(options, dict) and isinstance(step.get("task"), str)):
             raise ValueError("a callback or a step of the chain is not a signature")
+        for name in step["task"], options.get("task_id"), options.get("reply_to"):
+            if name is not None and not (
+                    isinstance(name, str) and len(name.encode()) <= 255):
+                raise ValueError("a callback or a step of the chain cannot be sent")
         if step["task"].startswith("celery."):
             raise Unsupported(f"{step['task']} needs a result store")
     if embed.get("chord"):
@@ -341,7 +349,8 @@ def _clean(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-async def _perform(name: str, ident: str, ids: dict, body: bytes) -> tuple:
+async def _perform(name: str, ident: str, ids: dict, body: bytes,
+                   on_kernel: bool = True) -> tuple:
     """Run a task of which the body has come; return its outcome, whatever it does."""
     embed = None
     try:
@@ -354,7 +363,8 @@ async def _perform(name: str, ident: str, ids: dict, body: bytes) -> tuple:
         if embed is None:
             return _failure("unsupported" if isinstance(exc, Unsupported)
                             else "malformed", exc)
-        if isinstance(exc, CancelledError) and (await current_task()).cancelled:
+        if on_kernel and isinstance(exc, CancelledError) and (
+                await current_task()).cancelled:
             raise                   # it was the app that wanted the end
         return _failure("failed", exc, embed, ident, ids)
 
@@ -362,7 +372,7 @@ async def _perform(name: str, ident: str, ids: dict, body: bytes) -> tuple:
 def _execute(*call) -> tuple:
     """The same in a worker: a coroutine that never waits ends at its first send."""
     try:
-        _perform(*call).send(None)
+        _perform(*call, on_kernel=False).send(None)
     except StopIteration as stop:
         return stop.value
     raise RuntimeError("a task that is no coroutine function returned a coroutine")
@@ -579,9 +589,12 @@ class OliveOly:
         self._done: deque[tuple] = deque()              # those done, oldest first
         self._suspect: _Run | None = None               # see _alone
         self._trace = None
+        if self.config.trace:
+            self._trace = open(self.config.trace, "w")
+            print("[", file=self._trace)
         try:
             load_tasks(self.config.tasks)
-        except Exception as exc:
+        except (Exception, SystemExit) as exc:
             where = traceback.extract_tb(exc.__traceback__)[-1]
             fail(f"OLIVE_TASKS: {', '.join(self.config.tasks)}: {type(exc).__name__}: "
                  f"{exc} ({where.filename}:{where.lineno})", 2)
@@ -644,10 +657,6 @@ class OliveOly:
         self._threads = ThreadPool(kernel, config.threads)
         self._processes = ProcessPool(kernel, config.processes)
         self._link = Link(config.urls, self._on_connect)
-        if config.trace:
-            self._trace = open(config.trace, "w")
-            self._trace.write("[\n")
-            kernel._call_at_shutdown(self._trace.close)
         await spawn(self._listen, daemon=True)
         link = await spawn(self._stay_connected, daemon=True)
         for corofunc in background:

@@ -244,8 +244,9 @@ class Sender:
         return messages
 
     async def send(self, name: str, args=(), kwargs=None, *, countdown=None, eta=None,
-                   expires=None, time_limit=None, priority=None, ident=None) -> str:
-        """See `send_task`."""
+                   expires=None, time_limit=None, priority=None, ident=None,
+                   reply=True) -> str:
+        """See `send_task`; with `reply`, what comes back goes into `replies`."""
         ident = ident or str(uuid.uuid4())
         now = datetime.now(timezone.utc)
         if countdown is not None:
@@ -265,7 +266,7 @@ class Sender:
             pika.BasicProperties(
                 content_type="application/json", content_encoding="utf-8",
                 delivery_mode=2, correlation_id=ident, headers=headers,
-                reply_to="amq.rabbitmq.reply-to", priority=priority))
+                reply_to="amq.rabbitmq.reply-to" if reply else None, priority=priority))
         return ident
 
     async def call(self, timeout: float | None, *args: Any, **options: Any) -> Any:
@@ -302,7 +303,8 @@ def send_task(name: str, args=(), kwargs=None, *, countdown: float | None = None
     are the app's, from the environment.
     """
     return _connected("send", name, args, kwargs, countdown=countdown, eta=eta,
-                      expires=expires, time_limit=time_limit, priority=priority)
+                      expires=expires, time_limit=time_limit, priority=priority,
+                      reply=False)
 
 
 def call_task(name: str, args=(), kwargs=None, *, timeout: float | None = 30,
@@ -348,7 +350,7 @@ def demo(config: OliveAppConfig) -> None:
     try:
         sweepea.run(find)
     except AMQPError:
-        print("no RabbitMQ answers: starting a private one ...", file=sys.stderr)
+        print("no RabbitMQ takes us there: starting a private one ...", file=sys.stderr)
         with private_broker() as broker:
             run(broker.url)
     else:
@@ -378,7 +380,7 @@ async def _send_many(sender: Sender, options: argparse.Namespace, args, kwargs) 
             await sender.send(
                 options.task, args, kwargs, countdown=options.countdown, ident=ident,
                 expires=options.expires, time_limit=options.time_limit,
-                priority=options.priority)
+                priority=options.priority, reply=not options.no_wait)
         except AMQPError as exc:
             await results.put((None, None, exc))
         else:
@@ -388,7 +390,7 @@ async def _send_many(sender: Sender, options: argparse.Namespace, args, kwargs) 
         await window.release()
 
     await sweepea.spawn(send_all, daemon=True)
-    for done in range(1, count + 1):
+    while sent or len(latencies) < count:
         async with ignore_after(options.timeout) as timer:
             _, properties, body = await results.get()
         if timer.expired:
@@ -397,7 +399,9 @@ async def _send_many(sender: Sender, options: argparse.Namespace, args, kwargs) 
         if isinstance(body, AMQPError):
             raise body
         ident = properties.correlation_id
-        latencies.append(time.monotonic() - sent.pop(ident, began))
+        if ident not in sent:
+            continue    # a task may run twice, and answer twice
+        latencies.append(time.monotonic() - sent.pop(ident))
         reply = json.loads(body) if body else {"status": "SUCCESS", "result": ident}
         if reply["status"] == "SUCCESS":
             print(ident if options.no_wait else json.dumps(reply["result"]))
@@ -407,7 +411,7 @@ async def _send_many(sender: Sender, options: argparse.Namespace, args, kwargs) 
             print(f"{error.traceback}\n{error}".strip(), file=sys.stderr)
         if count > 1 and time.monotonic() - said > 0.2:
             said = time.monotonic()
-            print(f"{done} of {count}", file=sys.stderr,
+            print(f"{len(latencies)} of {count}", file=sys.stderr,
                   end="\r" if sys.stderr.isatty() else "\n")
     if count > 1:
         seconds, latencies = time.monotonic() - began, sorted(latencies)
@@ -418,17 +422,22 @@ async def _send_many(sender: Sender, options: argparse.Namespace, args, kwargs) 
     return 1 if failed else 0
 
 
-async def _dead_letters(sender: Sender, replay: bool) -> int:
+async def _dead_letters(sender: Sender, replay: bool, timeout: float) -> int:
     """Print the dead queue, or send to work again what lies in it now."""
     channel, config = await sender.connection.channel(), sender.config
     declared = await channel.call("queue_declare", config.dead_queue, passive=True)
     count = declared.method.message_count
     # What is replayed is acknowledged one by one, each after its confirm; what is only
     # shown goes back when the channel closes.
-    await channel.call("basic_qos", prefetch_count=100 if replay else min(count, 65535))
+    await channel.call("basic_qos", prefetch_count=100 if replay else
+                       count if count < 65536 else 0)
     letters = await sender.consume(channel, config.dead_queue) if count else None
-    for _ in range(count):
-        method, properties, body = await letters.get()
+    for done in range(count):
+        async with ignore_after(timeout) as timer:
+            method, properties, body = await letters.get()
+        if timer.expired:
+            print(f"{done} of {count}: somebody took the others", file=sys.stderr)
+            return 3
         headers = properties.headers or {}
         if replay:
             properties.headers = {name: value for name, value in headers.items()
@@ -455,14 +464,20 @@ def _value(text: str) -> Any:
         return text
 
 
+def _seconds(text: str) -> float:
+    if not 0 <= (value := float(text)) < 1e9:
+        raise ValueError
+    return value
+
+
 def main(argv: list[str] | None = None) -> None:
     """`python olive_utils.py`: send a task and print its result."""
     parser = argparse.ArgumentParser(
         prog="olive_utils.py", description="Send a task to the app and print its "
-        "result, as JSON.", epilog="exit status: 0 done, 1 the task failed, 2 usage, 3 no "
-        "answer in time, 4 no broker, or no queue bound. The settings are the app's: "
+        "result, as JSON.", epilog="exit status: 0 done, 1 the task failed, 2 usage, 3 "
+        "no answer in time, 4 no broker, or no queue bound. The settings are the app's: "
         "see python olive_app.py --help.")
-    option, number = parser.add_argument, {"type": float, "metavar": "SECONDS"}
+    option, number = parser.add_argument, {"type": _seconds, "metavar": "SECONDS"}
     option("task", nargs="?", metavar="TASK", help="its name (without one: add 2 3)")
     option("args", nargs="*", metavar="ARG | name=value", help="the arguments; each is "
            "JSON if it reads as JSON, else a string")
@@ -502,7 +517,7 @@ def main(argv: list[str] | None = None) -> None:
         sender = await Sender.open(config)
         try:
             if options.dead or options.replay:
-                return await _dead_letters(sender, options.replay)
+                return await _dead_letters(sender, options.replay, options.timeout)
             return await _send_many(sender, options, args, kwargs)
         finally:
             await sender.connection.close()

@@ -562,7 +562,7 @@ def ignore_after(seconds: float | None, corofunc=None, *args,
 
 SLICE = 0.001           # seconds that a turn may last before pika has its turn
 BLOCKED = 0.5           # seconds without a trap after which a task is named in the log
-SHUTDOWN_GRACE = 5.0    # seconds that a cancelled task has, at shutdown, to go
+SHUTDOWN_GRACE = 2.0    # seconds that a cancelled task has, at shutdown, to go
 
 _SUSPENDED = object()   # what a trap answers if the task has to wait
 _WAITING = {"trap_io", "trap_future_wait", "trap_sleep", "trap_sched_wait"}
