@@ -25,6 +25,7 @@ import copy
 import functools
 import importlib
 import inspect
+import itertools
 import json
 import logging
 import os
@@ -726,6 +727,9 @@ class OliveOly:
                 await self._decide(run)
         except AMQPError as exc:
             log.warning("%s goes back to the broker: %s", run.name, describe(exc))
+        except Exception as exc:    # a fault of ours must not hold the message for ever
+            log.exception("%s: a fault of the app", run.name)
+            await self._bury(run, _failure("failed", exc))
         finally:
             self._in_hand.discard(run)
             if self._trace:
@@ -755,6 +759,7 @@ class OliveOly:
                 if self._runs.get(key) is run:
                     del self._runs[key]
             else:
+                run.body = b""      # only the reply may be needed again
                 self._done.append((key, run))
                 if len(self._done) > self.config.prefetch:
                     key, run = self._done.popleft()
@@ -897,7 +902,7 @@ class OliveOly:
             if reply_to and run.reply is not None and run.tries <= 2:
                 properties = pika.BasicProperties(
                     content_type="application/json", content_encoding="utf-8",
-                    correlation_id=run.properties.correlation_id)
+                    delivery_mode=2, correlation_id=run.properties.correlation_id)
                 run.channel.pika.basic_publish("", reply_to, run.reply, properties)
             run.acked = run.channel.basic_ack(run.tag)
 
@@ -952,7 +957,7 @@ class OliveOly:
     async def _publish(self, exchange: str, key: str, body: bytes,
                        properties: pika.BasicProperties) -> None:
         """Publish until it is confirmed; if something is missing, declare it again."""
-        for attempt in range(1_000_000):
+        for attempt in itertools.count():
             try:
                 return await self._link.publish(exchange, key, body, properties)
             except AMQPError as exc:
