@@ -47,7 +47,7 @@ from pika.exceptions import AMQPError, ChannelClosedByBroker
 
 import sweepea
 from sweepea import (
-    CancelledError, Event, Kernel, Link, ProcessPool, ThreadPool, WorkerLost,
+    CancelledError, Event, Kernel, Link, ProcessPool, Semaphore, ThreadPool, WorkerLost,
     _read_wait, current_task, describe, ignore_after, sleep, spawn)
 
 log = logging.getLogger("olive")
@@ -408,7 +408,7 @@ def _instant(value: Any, name: str) -> datetime | None:
         instant = datetime.fromisoformat(value.replace("Z", "+00:00"))
         instant = instant if instant.tzinfo else instant.replace(tzinfo=timezone.utc)
         return instant.astimezone(timezone.utc)
-    except (ValueError, AttributeError, OverflowError):
+    except (ValueError, AttributeError, TypeError, OverflowError):
         raise ValueError(f"the header {name!r} is not a time") from None
 
 
@@ -506,29 +506,33 @@ def wait_key(seconds: float) -> str:
 #
 # Quorum queues with the strategy at-least-once confirm each hop inside the broker.
 async def declare_topology(channel: sweepea.Channel, config: OliveAppConfig) -> None:
-    """Declare exchange, queue, dead queue and ladder; harmless if they are there."""
-    call, queue = channel.call, config.queue
-    await call("exchange_declare", config.exchange, "direct", durable=True)
-    await call("queue_declare", queue, durable=True, arguments=config.queue_arguments)
-    await call("queue_bind", queue, config.exchange, config.routing_key)
-    await call("queue_declare", config.dead_queue, durable=True)
+    """Declare exchange, queue, dead queue and ladder; harmless if they are there.
+
+    Raises pika's ChannelClosedByBroker if one is there with other arguments.
+    """
+    # Without a callback pika asks for no answer, so that all goes out at once, and not
+    # one round trip after the other. The last waits, and learns of what went wrong.
+    declare, queue = channel.pika, config.queue
+    declare.exchange_declare(config.exchange, "direct", durable=True)
+    declare.queue_declare(queue, durable=True, arguments=config.queue_arguments)
+    declare.queue_bind(queue, config.exchange, config.routing_key)
     for rung in range(LADDER):
         name, below = wait_exchange(queue, rung), wait_exchange(queue, rung - 1)
-        last = rung == 0
-        await call("exchange_declare", name, "topic", durable=True)
+        declare.exchange_declare(name, "topic", durable=True)
         arguments = {"x-queue-type": "quorum", "x-overflow": "reject-publish",
                      "x-message-ttl": 1000 << rung,
                      "x-dead-letter-strategy": "at-least-once",
-                     "x-dead-letter-exchange": "" if last else below}
-        if last:
+                     "x-dead-letter-exchange": below if rung else ""}
+        if rung == 0:
             arguments["x-dead-letter-routing-key"] = queue
-        await call("queue_declare", name, durable=True, arguments=arguments)
+        declare.queue_declare(name, durable=True, arguments=arguments)
         before = "*." * (LADDER - 1 - rung)
-        await call("queue_bind", name, name, f"{before}1.#")
-        if last:
-            await call("queue_bind", queue, name, f"{before}0.#")
+        declare.queue_bind(name, name, f"{before}1.#")
+        if rung == 0:
+            declare.queue_bind(queue, name, f"{before}0.#")
         else:
-            await call("exchange_bind", below, name, f"{before}0.#")
+            declare.exchange_bind(below, name, f"{before}0.#")
+    await channel.call("queue_declare", config.dead_queue, durable=True)
 
 
 # =====================================================================================
@@ -564,7 +568,6 @@ class _Run:
         self.done = False
         self.acked = False              # said on an open channel; it may still be lost
         self.reply: bytes | None = None
-        self.tries = 0                  # how often it was tried to settle it
 
     def deliver(self, channel: sweepea.Channel, tag: int) -> None:
         self.channel, self.tag = channel, tag
@@ -589,6 +592,7 @@ class OliveOly:
         self._runs: dict[tuple, _Run] = {}              # in hand, or done a while ago
         self._done: deque[tuple] = deque()              # those done, oldest first
         self._suspect: _Run | None = None               # see _alone
+        self._settling = Semaphore(1)                   # see _settle_again
         self._trace = None
         if self.config.trace:
             self._trace = open(self.config.trace, "w")
@@ -747,7 +751,7 @@ class OliveOly:
             # already; only the delivery is a new one.
             known.deliver(run.channel, run.tag)
             if known.done:
-                self._settle(known)
+                await self._settle_again(known)
             return
         self._runs[key] = run
         try:
@@ -812,7 +816,7 @@ class OliveOly:
         if reason == "worker-lost":     # it may have been the neighbours' fault
             most = max(most, 1)
         if reason in ("failed", "timeout", "worker-lost") and request.retries < most:
-            delay = registered.retry_delay * 2 ** request.retries
+            delay = registered.retry_delay * 2 ** min(request.retries, 20)
             delay *= random.uniform(1, 1.25)
             eta = datetime.now(timezone.utc) + timedelta(seconds=delay)
             log.info("%s: %s: %s; try %d of %d in %.1f s", run.name, answer[0],
@@ -894,17 +898,28 @@ class OliveOly:
     def _settle(self, run: _Run) -> None:
         """Reply and acknowledge, in this order, on the channel that delivered it."""
         run.done = True
-        run.tries += 1
         reply_to = run.properties.reply_to
         if run.channel.closed is None and run.channel.pika.is_open:
-            # A reply that the broker does not take closes the channel, and the message
-            # comes again: then it is acknowledged without one.
-            if reply_to and run.reply is not None and run.tries <= 2:
+            if reply_to and run.reply is not None:
                 properties = pika.BasicProperties(
                     content_type="application/json", content_encoding="utf-8",
                     delivery_mode=2, correlation_id=run.properties.correlation_id)
                 run.channel.pika.basic_publish("", reply_to, run.reply, properties)
             run.acked = run.channel.basic_ack(run.tag)
+
+    async def _settle_again(self, run: _Run) -> None:
+        # A reply that the broker does not take (too large for it, an address that makes
+        # it choke) closes the channel, and its message comes again, and again. So those
+        # that come again are settled one by one, each with a round trip to see whether
+        # the channel is still there. The one that kills it gets no reply any more.
+        async with self._settling:
+            if run.channel.closed is None:
+                self._settle(run)
+                try:
+                    await run.channel.call("basic_qos",
+                                           prefetch_count=self.config.prefetch)
+                except AMQPError:
+                    run.reply = None
 
     def _error_reply(self, request: Request | None, status: str, error: tuple) -> bytes:
         kind, module, text, trace = error

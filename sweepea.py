@@ -1123,7 +1123,7 @@ class Connection(_Closable):
 
         def on_error(connection, error) -> None:
             if not isinstance(error, AMQPError):    # some of pika's own are not
-                error = AMQPConnectionError(str(error))
+                error = AMQPConnectionError(repr(error))
             self._on_close(connection, error)
             self._on_unblocked()    # who waits for that shall see that it is closed
 
@@ -1136,7 +1136,8 @@ class Connection(_Closable):
         try:
             await _future_wait(opened)
         except CancelledError:
-            await self.close()
+            # pika trips over a close() in the midst of its handshake, so it has to end
+            self.pika.add_on_open_callback(lambda connection: connection.close())
             raise
 
     def _on_blocked(self, _connection, frame) -> None:
@@ -1538,7 +1539,8 @@ class ProcessPool:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             theirs.close()
-        self._all.add(process)
+        # (asking for the exit code takes a dead child off the system's list)
+        self._all = {process, *(old for old in self._all if old.exitcode is None)}
         return process, ours
 
     async def call(self, func: Callable, args: tuple) -> Any:
@@ -1555,7 +1557,6 @@ class ProcessPool:
             if isinstance(exc, OSError):
                 exc = await self._obituary(process)
             process.kill()
-            self._all.discard(process)
             raise exc from None
         self._idle.append((process, sock))
         if ok:

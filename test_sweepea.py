@@ -60,6 +60,13 @@ def wait_until(condition, timeout=30.0, what=""):
     raise AssertionError(f"not within {timeout} s: {what or condition}")
 
 
+def gone(pids):
+    """Whether none of these processes runs any more."""
+    out = subprocess.run(["ps", "-eo", "pid=,stat="], capture_output=True, text=True)
+    return not pids & {int(pid) for pid, stat in map(str.split, out.stdout.splitlines())
+                       if not stat.startswith("Z")}
+
+
 class Client:
     """A plain pika client with queues of its own names, to send, look and count."""
 
@@ -210,6 +217,1631 @@ def send(environ, *argv, timeout=60):
                **environ}
     return subprocess.run([sys.executable, str(HERE / "olive_utils.py"), *argv],
                           env=environ, capture_output=True, text=True, timeout=timeout)
+
+
+import functools
+import inspect
+import multiprocessing
+from concurrent.futures import Future
+from selectors import EVENT_READ, EVENT_WRITE
+
+from pika.adapters.select_connection import IOLoop
+from pika.exceptions import (
+    AMQPConnectionError, AMQPError, ChannelClosedByBroker, ConnectionClosed,
+    ConsumerCancelled, NackError, UnroutableError)
+
+from sweepea import (
+    Connection, CurioError, Link, ReadResourceBusy, ResourceBusy, SchedBarrier, SchedFIFO,
+    Task, WorkerError, WorkerLost, WriteResourceBusy, disable_cancellation)
+
+trap = sweepea._trap
+
+
+def on_kernel(func):
+    """Make a test of a coroutine function: it runs on a kernel of its own."""
+    @functools.wraps(func)
+    def test(*args, **kwargs):
+        run(func(*args, **kwargs))
+    return test
+
+
+async def until(condition, timeout=20.0):
+    """Give the turn away until `condition()` is true; return its value, or fail."""
+    deadline = time.monotonic() + timeout
+    while not (value := condition()):
+        assert time.monotonic() < deadline, inspect.getsource(condition)
+        await sleep(0.001)
+    return value
+
+
+async def waiting(corofunc, *args):
+    """Spawn a task and return it once it waits for something other than its turn."""
+    task = await spawn(corofunc, *args)
+    await until(lambda: task.cancel_func is not None)
+    return task
+
+
+async def ended(task, timeout=20.0):
+    """Return the exception with which a task ends, or None."""
+    await timeout_after(timeout, task.wait)
+    return task.exception
+
+
+async def forever():
+    await sleep(1_000_000)
+
+
+@pytest.fixture
+def pair():
+    """Two sockets that are connected to each other."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    with ours, theirs:
+        yield ours, theirs
+
+
+# =====================================================================================
+# 1. Errors
+# =====================================================================================
+
+def test_cancellations_pass_through_except_exception_and_errors_do_not():
+    for kind in (TaskCancelled, TaskTimeout, TimeoutCancellationError):
+        assert issubclass(kind, CancelledError) and not issubclass(kind, Exception)
+    for kind in (TaskError, UncaughtTimeoutError, ReadResourceBusy, WriteResourceBusy,
+                 sweepea.SyncIOError, sweepea.AsyncOnlyError, WorkerLost, WorkerError):
+        assert issubclass(kind, CurioError) and issubclass(kind, Exception)
+    assert issubclass(ReadResourceBusy, ResourceBusy)
+    assert issubclass(WriteResourceBusy, ResourceBusy)
+
+
+def test_importing_sweepea_imports_no_multiprocessing():
+    out = subprocess.run(
+        [sys.executable, "-c", "import sys, sweepea; print('multiprocessing' in "
+         "sys.modules, 'asyncio' in sys.modules, sweepea.__version__)"],
+        capture_output=True, text=True, cwd=Path(sweepea.__file__).parent).stdout.split()
+    assert out[0] == "False" and out[2] == sweepea.__version__
+
+
+# =====================================================================================
+# 2. Traps
+# =====================================================================================
+
+def test_the_trap_table_has_curios_names():
+    assert set(Kernel()._traps) == {f"trap_{name}" for name in (
+        "io io_release io_waiting future_wait spawn cancel_task sleep sched_wait "
+        "sched_wake clock set_timeout unset_timeout get_kernel get_current").split()}
+
+
+@on_kernel
+async def test_clock_and_sleep_answer_the_monotonic_clock():
+    before = time.monotonic()
+    now = await trap("trap_clock")
+    assert before <= now <= time.monotonic()
+    assert now <= await clock()
+    assert now + 0.01 <= await trap("trap_sleep", 0.01) <= time.monotonic()
+    assert now <= await trap("trap_sleep", 0) <= time.monotonic()
+
+
+def test_get_kernel_and_get_current():
+    async def main():
+        me = await trap("trap_get_current")
+        assert me.coro.cr_code is main.__code__ and me is await current_task()
+        return await trap("trap_get_kernel")
+
+    with Kernel() as kernel:
+        assert kernel.run(main) is kernel
+
+
+@on_kernel
+async def test_spawn_answers_a_task_that_runs_after_the_spawner_waits():
+    ran = []
+
+    async def child(value):
+        ran.append(value)
+        return await current_task()
+
+    me = await current_task()
+    task = await trap("trap_spawn", child(1))
+    assert isinstance(task, Task) and task.parentid == me.id and not ran
+    assert "child" in task.name
+    assert (await task.join()) is task and ran == [1] and task.state == "TERMINATED"
+    kernel = await trap("trap_get_kernel")
+    assert me.id in kernel._tasks and task.id not in kernel._tasks
+    assert (await spawn(child, 2, daemon=True)).daemon
+    with pytest.raises(TypeError):
+        await spawn(len, "no coroutine function")
+
+
+@on_kernel
+async def test_sleep_zero_gives_the_turn_to_the_others_in_order():
+    turns = []
+
+    async def child(name):
+        for _ in range(3):
+            turns.append(name)
+            await sleep(0)
+
+    for task in [await spawn(child, name) for name in "abc"]:
+        await task.join()
+    assert "".join(turns) == "abcabcabc"
+
+
+@on_kernel
+async def test_set_and_unset_timeout_answer_the_earlier_timeout_and_the_clock():
+    me, now = await current_task(), await clock()
+    assert await trap("trap_set_timeout", now + 100) is None
+    assert await trap("trap_set_timeout", now + 50) == now + 100
+    assert await trap("trap_set_timeout", now + 70) == now + 50
+    assert me.timeout == now + 50       # a later one changes nothing
+    assert await trap("trap_set_timeout", None) == now + 50
+    assert now <= await trap("trap_unset_timeout", now + 100) <= time.monotonic()
+    assert me.timeout == now + 100
+    await trap("trap_unset_timeout", None)
+    assert me.timeout is None
+
+
+@on_kernel
+async def test_a_set_timeout_is_raised_at_a_waiting_trap_with_the_clock():
+    deadline = await clock() + 0.01
+    await trap("trap_set_timeout", deadline)
+    with pytest.raises(TaskTimeout) as info:
+        await forever()
+    assert deadline <= info.value.args[0] <= time.monotonic()
+    assert await trap("trap_set_timeout", None) is None
+
+
+@on_kernel
+async def test_sched_wait_and_wake():
+    room, woken = SchedFIFO(), []
+
+    async def child(name):
+        assert await trap("trap_sched_wait", room, "IN_THE_ROOM") is None
+        woken.append(name)
+
+    tasks = [await waiting(child, name) for name in "abc"]
+    assert [task.state for task in tasks] == ["IN_THE_ROOM"] * 3 and len(room) == 3
+    assert await trap("trap_sched_wake", room, 2) is None
+    assert not woken                    # it does not wait
+    await until(lambda: len(woken) == 2)
+    await trap("trap_sched_wake", room, 5)
+    await tasks[2].join()
+    assert woken == ["a", "b", "c"] and len(room) == 0
+
+
+@on_kernel
+async def test_future_wait_sets_the_event_once_the_callback_is_in_place():
+    said = []
+
+    class Loud(Future):
+        def add_done_callback(self, callback):
+            said.append("callback")
+            super().add_done_callback(callback)
+
+    class Ready:
+        def set(self):
+            said.append("event")
+            future.set_result(5)
+
+    future = Loud()
+    assert await trap("trap_future_wait", future, Ready()) is None
+    assert said == ["callback", "event"] and future.result() == 5
+    assert await sweepea._future_wait(future) == 5      # one that is done already
+
+
+@pytest.mark.parametrize("args, kind, text", [
+    ((), TaskCancelled, "TaskCancelled"), ((KeyError,), KeyError, "KeyError"),
+    ((TaskCancelled, "because"), TaskCancelled, "because"),
+    ((ValueError("as it is"),), ValueError, "as it is")])
+@on_kernel
+async def test_cancel_task_raises_what_it_was_told(args, kind, text):
+    task = await waiting(forever)
+    assert await trap("trap_cancel_task", task, *args) is None
+    assert task.cancelled and not task.terminated       # it does not wait
+    exc = await ended(task)
+    assert type(exc) is kind and exc.args == (text,)
+    assert await trap("trap_cancel_task", task, *args) is None      # too late: quiet
+
+
+def test_an_unknown_trap_leaves_run_and_the_kernel_is_of_no_more_use():
+    async def main():
+        await spawn(forever)
+        await trap("trap_door")
+
+    kernel = Kernel()
+    with pytest.raises(KeyError, match="trap_door"):
+        kernel.run(main)
+    for again in (lambda: kernel.run(main), kernel.run, lambda: kernel.run(shutdown=True)):
+        with pytest.raises(RuntimeError, match="crashed"):
+            again()
+
+
+def test_a_coroutine_that_yields_no_trap_is_a_type_error():
+    class Nonsense:
+        def __await__(self):
+            yield 5
+
+    async def main():
+        await Nonsense()
+
+    with pytest.raises(TypeError):
+        run(main)
+
+
+# =====================================================================================
+# 3. Tasks
+# =====================================================================================
+
+@on_kernel
+async def test_result_and_exception_of_a_task_that_lives_are_runtime_errors():
+    task = await waiting(forever)
+    for attribute in ("result", "exception"):
+        with pytest.raises(RuntimeError, match="not terminated"):
+            getattr(task, attribute)
+    await task.cancel()
+    assert isinstance(task.exception, TaskCancelled)
+    with pytest.raises(TaskCancelled):
+        task.result
+
+
+@on_kernel
+async def test_join_raises_task_error_with_the_cause_and_the_crash_is_logged(caplog):
+    async def crash():
+        raise ValueError("boom")
+
+    task = await spawn(crash)
+    with pytest.raises(TaskError) as info:
+        await task.join()
+    assert info.value.__cause__ is task.exception and str(task.exception) == "boom"
+    record, = [record for record in caplog.records if "Crash" in record.message]
+    assert "crash" in record.message and record.exc_info[1] is task.exception
+    with pytest.raises(ValueError, match="boom"):
+        task.result
+
+
+@on_kernel
+async def test_join_of_a_cancelled_task_is_a_task_error_and_nothing_is_logged(caplog):
+    task = await waiting(forever)
+    await task.cancel()
+    with pytest.raises(TaskError) as info:
+        await task.join()
+    assert isinstance(info.value.__cause__, TaskCancelled) and not caplog.records
+
+
+@on_kernel
+async def test_everybody_who_waits_for_the_end_of_a_task_is_told():
+    async def child():
+        await event.wait()
+        return 7
+
+    event = Event()
+    task = await waiting(child)
+    joiners = [await waiting(task.join) for _ in range(10)]
+    await event.set()
+    assert [await joiner.join() for joiner in joiners] == [7] * 10
+    assert await task.join() == 7       # and those that come later
+
+
+def wait_for_file(pair):
+    return sweepea._read_wait(pair[0])
+
+
+def wait_for_future(_pair):
+    return sweepea._future_wait(Future())
+
+
+def wait_in_a_room(_pair):
+    return SchedFIFO().suspend()
+
+
+def wait_for_a_timer(_pair):
+    return forever()
+
+
+@pytest.mark.parametrize(
+    "wait", [wait_for_file, wait_for_future, wait_in_a_room, wait_for_a_timer])
+@on_kernel
+async def test_cancellation_while_waiting(wait, pair):
+    task = await waiting(wait, pair)
+    await task.cancel()
+    assert isinstance(task.exception, TaskCancelled)
+    # Nothing is left behind: whoever comes next can wait there.
+    with pytest.raises(TaskTimeout):
+        await timeout_after(0.01, wait(pair))
+
+
+@on_kernel
+async def test_cancelling_a_task_cancels_the_future_it_waits_for():
+    future = Future()
+    task = await waiting(sweepea._future_wait, future)
+    await task.cancel()
+    assert future.cancelled()
+
+
+@on_kernel
+async def test_cancellation_waits_while_it_is_not_allowed():
+    seen = []
+
+    async def child():
+        async with disable_cancellation():
+            async with disable_cancellation():
+                await event.wait()
+            await sleep(0)
+            seen.append("inside")
+        await clock()
+        seen.append("outside")
+        await sleep(0)
+        seen.append("never")
+
+    event = Event()
+    task = await waiting(child)
+    await task.cancel(blocking=False)
+    await sleep(0)
+    assert task.cancel_pending is not None and not task.terminated
+    await event.set()
+    assert isinstance(await ended(task), TaskCancelled)
+    assert seen == ["inside", "outside"]
+
+
+@on_kernel
+async def test_a_second_cancel_does_not_disturb_the_cleaning_up():
+    async def child():
+        try:
+            await forever()
+        finally:
+            await event.wait()
+            cleaned.append(True)
+
+    event, cleaned = Event(), []
+    task = await waiting(child)
+    await task.cancel(blocking=False)
+    await until(lambda: task.state == "EVENT_WAIT")
+    again = await waiting(task.cancel)
+    await sleep(0)
+    assert not task.terminated
+    await event.set()
+    await again.join()
+    assert cleaned and isinstance(task.exception, TaskCancelled)
+
+
+@on_kernel
+async def test_a_task_cancelled_before_its_first_turn_gets_to_its_first_wait():
+    async def child():
+        seen.append("began")
+        await clock()
+        seen.append("clock")
+        await sleep(0)
+        seen.append("never")
+
+    seen = []
+    task = await spawn(child)
+    await task.cancel()
+    assert seen == ["began", "clock"] and isinstance(task.exception, TaskCancelled)
+
+
+@on_kernel
+async def test_a_task_may_swallow_its_cancellation():
+    async def child():
+        try:
+            await forever()
+        except TaskCancelled:
+            await sleep(0.001)
+            return "I stay"
+
+    task = await waiting(child)
+    await task.cancel()
+    assert await task.join() == "I stay"
+
+
+@on_kernel
+async def test_a_task_may_cancel_itself():
+    async def child():
+        await (await current_task()).cancel()
+
+    assert isinstance(await ended(await spawn(child)), TaskCancelled)
+
+
+@pytest.mark.parametrize("kind", [TaskCancelled, KeyError])
+@on_kernel
+async def test_a_timeout_does_not_displace_a_cancellation_that_is_due(kind):
+    async def child():
+        async with disable_cancellation():
+            await event.wait()
+            async with ignore_after(0.001):
+                await until(lambda: task.timeout is None)   # its time has come
+        await forever()
+
+    event = Event()
+    task = await waiting(child)
+    await task.cancel(exc=kind, blocking=False)
+    await event.set()
+    assert type(await ended(task)) is kind
+
+
+@on_kernel
+async def test_a_future_that_completes_too_late_answers_nobody():
+    class Stubborn(Future):
+        def cancel(self):
+            return False
+
+    async def child():
+        try:
+            await sweepea._future_wait(old)
+        except TaskCancelled:
+            return await sweepea._future_wait(new)
+
+    old, new = Stubborn(), Future()
+    task = await waiting(child)
+    await task.cancel(blocking=False)
+    await until(lambda: task.future is new)
+    old.set_result("stale")
+    other = Future()
+    other.set_result(None)
+    await sweepea._future_wait(other)   # comes after the stale one
+    assert not task.terminated and task.state == "FUTURE_WAIT"
+    new.set_result("fresh")
+    assert await task.join() == "fresh"
+
+
+# =====================================================================================
+# 4. Waiting rooms
+# =====================================================================================
+
+@on_kernel
+async def test_the_order_of_a_room_is_kept_when_one_in_the_middle_is_cancelled():
+    async def child(n):
+        await room.suspend()
+        order.append(n)
+
+    room, order = SchedFIFO(), []
+    tasks = [await waiting(child, n) for n in range(7)]
+    for n in (3, 0, 6):
+        await tasks[n].cancel()
+    while room:
+        await room.wake()
+    for n in (1, 2, 4, 5):
+        await tasks[n].join()
+    assert order == [1, 2, 4, 5]
+
+
+@on_kernel
+async def test_a_barrier_calls_everybody_or_so_many():
+    room = SchedBarrier()
+    tasks = [await waiting(room.suspend) for _ in range(5)]
+    await room.wake(2)
+    await until(lambda: sum(task.terminated for task in tasks) == 2)
+    assert len(room) == 3
+    await room.wake()
+    for task in tasks:
+        await task.join()
+
+
+@on_kernel
+async def test_event():
+    event = Event()
+    tasks = [await waiting(event.wait) for _ in range(3)]
+    assert not event.is_set()
+    await event.set()
+    for task in tasks:
+        await task.join()
+    await timeout_after(10, event.wait)     # is up: nobody waits
+    event.clear()
+    with pytest.raises(TaskTimeout):
+        await timeout_after(0.001, event.wait)
+
+
+@on_kernel
+async def test_a_semaphore_hands_its_permit_over_and_nobody_barges_in():
+    async def child(name):
+        async with semaphore:
+            order.append(name)
+            await sleep(0)
+
+    async def barger():
+        # Returns and wants it back within the same turn: has to wait all the same.
+        for _ in range(3):
+            async with semaphore:
+                order.append("me")
+
+    semaphore, order = Semaphore(1), []
+    await semaphore.acquire()
+    tasks = [await waiting(child, name) for name in "ab"] + [await waiting(barger)]
+    await semaphore.release()
+    assert semaphore.value == 0         # handed over, not laid down
+    await semaphore.acquire()
+    assert order == ["a", "b", "me"]
+    await semaphore.release()
+    for task in tasks:
+        await task.join()
+    assert semaphore.value == 1 and order == ["a", "b", "me", "me", "me"]
+
+
+@on_kernel
+async def test_a_woken_task_that_is_cancelled_does_not_swallow_the_permit():
+    async def child():
+        async with semaphore:
+            await sleep(0)
+
+    semaphore = Semaphore(1)
+    await semaphore.acquire()
+    first, second = await waiting(child), await waiting(child)
+    await semaphore.release()           # first is called but has not run yet
+    await first.cancel(blocking=False)
+    assert await ended(second) is None
+    assert isinstance(await ended(first), TaskCancelled) and semaphore.value == 1
+
+
+@on_kernel
+async def test_a_woken_task_that_is_cancelled_does_not_swallow_the_item():
+    async def child():
+        got.append(await queue.get())
+        await sleep(0)
+
+    queue, got = Queue(), []
+    first, second = await waiting(child), await waiting(child)
+    await queue.put(1)                  # first is called but has not run yet
+    await first.cancel(blocking=False)
+    await queue.put(2)
+    assert await ended(second) is None
+    assert isinstance(await ended(first), TaskCancelled) and got == [1, 2]
+
+
+@on_kernel
+async def test_an_item_that_comes_at_the_moment_of_the_timeout_is_not_lost():
+    async def child():
+        async with ignore_after(0.1):
+            got.append(await queue.get())
+        while len(got) < 2:
+            got.append(await queue.get())
+
+    queue, got = Queue(), []
+    task = await waiting(child)
+    deadline = task.timeout
+    await queue.put(1)
+    while time.monotonic() < deadline:  # (the kernel stands still: both have come)
+        pass
+    await queue.put(2)
+    assert await ended(task) is None and got == [1, 2]
+
+
+@on_kernel
+async def test_a_bounded_queue_makes_put_wait_and_keeps_the_order():
+    async def producer():
+        for n in range(100):
+            await queue.put(n)
+            assert queue.qsize() <= 3
+
+    queue = Queue(3)
+    task = await waiting(producer)
+    assert queue.qsize() == 3 and not task.terminated
+    assert [await queue.get() for _ in range(100)] == list(range(100))
+    await task.join()
+    assert queue.qsize() == 0
+
+
+# =====================================================================================
+# 5. Timeouts
+# =====================================================================================
+
+NEVER, NOW, SOON = 1000, 0, 0.01
+
+
+@pytest.mark.parametrize("outer, inner, expected", [
+    # what is raised in the innermost block, out of the inner one, out of the outer one
+    (NEVER, SOON, [TaskTimeout, TaskTimeout, UncaughtTimeoutError]),
+    (None, SOON, [TaskTimeout, TaskTimeout, UncaughtTimeoutError]),
+    (SOON, NEVER, [TaskTimeout, TimeoutCancellationError, TaskTimeout]),
+    (SOON, None, [TaskTimeout, TimeoutCancellationError, TaskTimeout]),
+    (NOW, NOW, [TaskTimeout, TimeoutCancellationError, TaskTimeout])])
+@pytest.mark.parametrize("as_call", [True, False])
+@on_kernel
+async def test_nested_timeouts(outer, inner, expected, as_call):
+    raised = []
+
+    async def noting(corofunc):
+        try:
+            await corofunc()
+        except BaseException as exc:
+            raised.append(type(exc))
+            raise
+
+    async def inner_block():
+        if as_call:
+            await timeout_after(inner, noting, forever)
+        else:
+            async with timeout_after(inner):
+                await noting(forever)
+
+    async def outer_block():
+        if as_call:
+            await timeout_after(outer, noting, inner_block)
+        else:
+            async with timeout_after(outer):
+                await noting(inner_block)
+
+    with pytest.raises(expected[-1]):
+        await noting(outer_block)
+    assert raised == expected
+    me = await current_task()
+    assert me.timeout is None and me.cancel_pending is None
+
+
+@on_kernel
+async def test_three_levels_of_which_the_middle_one_ends_first():
+    async with timeout_after(NEVER):
+        with pytest.raises(TaskTimeout):
+            async with timeout_after(SOON):
+                with pytest.raises(TimeoutCancellationError):
+                    async with timeout_after(NEVER):
+                        async with timeout_after(None):
+                            await forever()
+                await forever()     # (its own has been raised already: raise it again)
+        await sleep(0)              # the outermost has not been touched
+
+
+@on_kernel
+async def test_an_inner_timeout_that_was_caught_leaves_the_outer_one_in_force():
+    with pytest.raises(TaskTimeout):
+        async with timeout_after(0.03):
+            for _ in range(3):
+                with pytest.raises(TaskTimeout):
+                    await timeout_after(0.001, forever)
+            await forever()
+    await sleep(0)
+
+
+@on_kernel
+async def test_an_outer_timeout_that_passes_inside_is_raised_at_the_next_wait():
+    with pytest.raises(TaskTimeout):
+        async with timeout_after(SOON):
+            deadline = (await current_task()).timeout
+            async with timeout_after(NEVER):
+                while await clock() < deadline:     # never waits
+                    pass
+            seen = "left the inner block in peace"
+            await clock()
+            await forever()
+    assert seen.startswith("left")
+
+
+@on_kernel
+async def test_a_timeout_that_could_not_be_delivered_goes_with_its_block():
+    async with timeout_after(0.001) as timer:
+        deadline = (await current_task()).timeout
+        while await clock() <= deadline:
+            pass
+    await sleep(0.002)
+    assert not timer.expired
+
+
+@on_kernel
+async def test_timeouts_in_time():
+    async def answer(value):
+        await sleep(0)
+        return value
+
+    assert await timeout_after(NEVER, answer, 5) == 5
+    assert await timeout_after(None, answer(6)) == 6
+    assert await ignore_after(NEVER, answer, 7, timeout_result=8) == 7
+    async with timeout_after(NEVER) as block:
+        await sleep(0)
+    assert not block.expired and block.result is True
+    async with ignore_after(None) as block:
+        await sleep(0)
+    assert not block.expired and block.result is True
+    with pytest.raises(ValueError):
+        async with ignore_after(NEVER):
+            raise ValueError
+    assert (await current_task()).timeout is None
+
+
+@on_kernel
+async def test_ignore_after_the_time():
+    assert await ignore_after(SOON, forever) is None
+    assert await ignore_after(NOW, forever, timeout_result=8) == 8
+    async with ignore_after(SOON) as block:
+        await forever()
+    assert block.expired and block.result is None
+    async with ignore_after(SOON, timeout_result=9) as block:
+        await forever()
+    assert block.expired and block.result == 9
+    with pytest.raises(TaskTimeout):
+        async with timeout_after(SOON) as block:
+            await forever()
+    assert block.expired
+
+
+@on_kernel
+async def test_an_inner_ignore_after_does_not_ignore_the_outer_timeout():
+    async with ignore_after(SOON) as outer:
+        async with ignore_after(NEVER) as inner:
+            await forever()
+        pytest.fail("the outer timeout was swallowed")
+    assert outer.expired and not inner.expired
+
+
+@pytest.mark.parametrize("wait", [wait_for_file, wait_for_future, wait_in_a_room])
+@on_kernel
+async def test_a_timeout_ends_every_kind_of_waiting(wait, pair):
+    for _ in range(2):
+        with pytest.raises(TaskTimeout):
+            await timeout_after(0.001, wait(pair))
+
+
+@on_kernel
+async def test_cancellation_inside_a_timeout_is_a_cancellation():
+    async def child():
+        await timeout_after(NEVER, timeout_after, NEVER, forever)
+
+    task = await waiting(child)
+    await task.cancel()
+    assert isinstance(task.exception, TaskCancelled)
+
+
+@pytest.mark.parametrize("outer", [None, NEVER])
+@on_kernel
+async def test_the_heap_does_not_grow_with_timeouts_that_never_fire(outer):
+    kernel, most = await trap("trap_get_kernel"), 0
+    async with timeout_after(outer):
+        for n in range(200_000):
+            await trap("trap_unset_timeout", await trap("trap_set_timeout", 1e9 - n % 7))
+            most = max(most, len(kernel._timers))
+        for _ in range(1_000):
+            async with timeout_after(1.0):
+                pass
+    assert 0 < most < 10_000 and len(kernel._timers) < 10_000
+
+
+# =====================================================================================
+# 6. The kernel
+# =====================================================================================
+
+def test_run_without_a_coroutine_runs_one_pass():
+    async def child():
+        for _ in range(3):
+            steps.append("step")
+            await sleep(0)
+        await sleep(0.001)
+        steps.append("timer")
+        await sweepea._read_wait(pair[0])
+        steps.append("file")
+        await sweepea._future_wait(future)
+        steps.append("future")
+
+    steps, pair, future = [], socket.socketpair(), Future()
+    with Kernel() as kernel, pair[0], pair[1]:
+        kernel.run()                    # nothing at all to do
+        task = kernel._spawn(child())
+        assert not steps
+        for n in range(3):
+            kernel.run()
+            assert len(steps) == n + 1
+        kernel.run()
+        due = task.sleep
+        wait_until(lambda: time.monotonic() > due)
+        kernel.run()
+        assert steps[3:] == ["timer"]
+        kernel.run()                    # nothing to read: returns all the same
+        pair[1].send(b"x")
+        kernel.run()
+        assert steps[4:] == ["file"]
+        future.set_result(None)
+        wait_until(lambda: kernel.run() or task.terminated)
+        assert steps[5:] == ["future"]
+
+
+def test_tasks_stay_between_runs_and_results_and_exceptions_leave_run():
+    async def child():
+        return await queue.get()
+
+    async def main(value):
+        await queue.put(value)
+
+    async def crash():
+        raise ValueError("boom")
+
+    queue = Queue()
+    with Kernel() as kernel:
+        task = kernel.run(spawn, child)
+        with pytest.raises(ValueError, match="boom"):
+            kernel.run(crash)
+        kernel.run(main(5))             # a coroutine will do
+        assert kernel.run(task.join) == 5
+    assert not kernel._tasks
+
+
+def test_a_kernel_lives_in_a_loop_that_is_given_and_makes_tasks_of_a_class_that_is():
+    class MyTask(Task):
+        pass
+
+    loop, called = IOLoop(), []
+    with Kernel(loop=loop, taskcls=MyTask) as kernel:
+        loop.call_later(0, lambda: called.append(True))
+        assert kernel.loop is loop
+        assert isinstance(kernel.run(current_task), MyTask)
+        kernel.run(until, lambda: called)
+
+
+@pytest.mark.parametrize("enough", [8, 100_000])
+def test_no_wake_up_from_another_thread_is_lost_and_the_bell_is_rung_seldom(enough):
+    futures = [Future() for _ in range(enough)]
+    rung = []
+
+    def finish(mine):
+        for n in mine:
+            futures[n].set_result(n)
+
+    async def main():
+        tasks = [await spawn(sweepea._future_wait, future) for future in futures]
+        await until(lambda: tasks[-1].state == "FUTURE_WAIT")
+        threads = [threading.Thread(target=finish, args=(range(n, enough, 8),))
+                   for n in range(8)]
+        for thread in threads:
+            thread.start()
+        total = 0
+        for task in tasks:
+            total += await task.join()
+        return total
+
+    with Kernel() as kernel:
+        ring = kernel.loop.add_callback_threadsafe
+        kernel.loop.add_callback_threadsafe = lambda func: (rung.append(func), ring(func))
+        assert kernel.run(main) == sum(range(enough))
+    assert 1 <= len(rung) <= max(8, enough // 10)
+
+
+def test_a_hundred_thousand_tasks_at_once():
+    async def child(n):
+        await event.wait()
+        return n
+
+    async def main():
+        tasks = [await spawn(child, n) for n in range(100_000)]
+        await until(lambda: tasks[-1].state == "EVENT_WAIT")
+        kernel = await trap("trap_get_kernel")
+        assert len(kernel._tasks) == 100_001
+        await event.set()
+        return sum([await task.join() for task in tasks])
+
+    event = Event()
+    assert run(main) == sum(range(100_000))
+
+
+def test_one_file_is_read_by_one_task_and_written_by_another(pair):
+    ours, theirs = pair
+    theirs.setblocking(False)
+
+    def fill(sock):
+        with pytest.raises(BlockingIOError):
+            while True:
+                sock.send(b"x" * 65536)
+
+    def drain(sock):
+        with pytest.raises(BlockingIOError):
+            while True:
+                sock.recv(1 << 20)
+
+    async def main():
+        fill(ours)
+        reader = await waiting(sweepea._read_wait, ours)
+        writer = await waiting(sweepea._write_wait, ours)
+        assert await trap("trap_io_waiting", ours) == (reader, writer)
+        assert (reader.state, writer.state) == ("READ_WAIT", "WRITE_WAIT")
+        with pytest.raises(ReadResourceBusy):
+            await sweepea._read_wait(ours)
+        with pytest.raises(WriteResourceBusy):
+            await sweepea._write_wait(ours)
+        theirs.send(b"hello")
+        await reader.join()
+        assert await trap("trap_io_waiting", ours) == (None, writer)
+        assert ours.recv(10) == b"hello"
+        reader = await waiting(sweepea._read_wait, ours)
+        drain(theirs)
+        await writer.join()
+        assert await trap("trap_io_waiting", ours) == (reader, None)
+        await reader.cancel()
+        assert await trap("trap_io_waiting", ours) == (None, None)
+        # Both again, as if nothing had been.
+        theirs.send(b"again")
+        await sweepea._read_wait(ours)
+        await sweepea._write_wait(ours)
+
+    run(main)
+
+
+@on_kernel
+async def test_a_task_that_reads_in_a_loop_gets_it_all(pair):
+    async def reader():
+        received = b""
+        while len(received) < 1000:
+            await sweepea._read_wait(pair[0])
+            received += pair[0].recv(1)
+        return received
+
+    task = await waiting(reader)
+    pair[1].setblocking(False)
+    for n in range(1000):
+        await sweepea._send(pair[1], bytes([n % 256]))
+    assert await task.join() == bytes(n % 256 for n in range(1000))
+    assert not (await trap("trap_get_kernel"))._files
+
+
+@on_kernel
+async def test_a_file_released_while_waited_for_can_be_waited_for_anew(pair):
+    task = await waiting(sweepea._read_wait, pair[0])
+    assert await trap("trap_io_release", pair[0]) is None
+    assert await trap("trap_io_waiting", pair[0]) == (None, None)
+    await trap("trap_io_release", pair[0])      # nothing to release: quiet
+    other = await waiting(sweepea._read_wait, pair[0])
+    pair[1].send(b"x")
+    await other.join()
+    assert not task.terminated                  # forgotten, but can be cancelled
+    await task.cancel()
+    assert isinstance(task.exception, TaskCancelled)
+
+
+@pytest.mark.parametrize("waited", ["in wait", "just read"])
+@on_kernel
+async def test_the_number_of_a_closed_file_is_used_again(waited, pair):
+    async def close_and_reopen():
+        old, peer = socket.socketpair()
+        fd = old.fileno()
+        if waited == "in wait":
+            task = await waiting(sweepea._read_wait, old)
+        else:
+            peer.send(b"x")
+            await sweepea._read_wait(old)
+            task = None
+        await sweepea._io_release(old)
+        old.close()
+        new = os.dup(pair[0].fileno())
+        assert new == fd
+        new = socket.socket(fileno=new)
+        new.setblocking(False)
+        with new, peer:
+            reader = None
+            if task is not None:
+                reader = await waiting(sweepea._read_wait, new)
+                assert await trap("trap_io_waiting", new) == (reader, None)
+                pair[1].send(b"new")
+                await reader.join()
+                assert not task.terminated
+                await task.cancel()
+            else:
+                pair[1].send(b"new")
+                await sweepea._read_wait(new)
+            assert new.recv(10) == b"new"
+            with pytest.raises(TaskTimeout):
+                await timeout_after(0.01, sweepea._read_wait, new)
+            await sweepea._io_release(new)
+
+    await close_and_reopen()
+    await close_and_reopen()
+
+
+@on_kernel
+async def test_a_file_may_be_a_number():
+    read, write = os.pipe()
+    for _ in range(3):
+        task = await waiting(sweepea._read_wait, read)
+        assert await trap("trap_io_waiting", read) == (task, None)
+        os.write(write, b"x")
+        await task.join()
+        assert os.read(read, 10) == b"x"
+        await sweepea._write_wait(write)
+    os.close(write)
+    os.close(read)
+    again = os.pipe()                           # the same numbers
+    assert set(again) == {read, write}
+    with pytest.raises(TaskTimeout):
+        await timeout_after(0.01, sweepea._read_wait, again[0])
+    await sweepea._write_wait(again[1])
+    for fd in again:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("end", ["reader", "writer"])
+@on_kernel
+async def test_a_hang_up_wakes_the_other_end(end):
+    read, write = os.pipe()
+    if end == "reader":
+        task = await waiting(sweepea._read_wait, read)
+        os.close(write)
+    else:
+        os.set_blocking(write, False)
+        with pytest.raises(BlockingIOError):
+            while True:
+                os.write(write, b"x" * 65536)
+        task = await waiting(sweepea._write_wait, write)
+        os.close(read)
+    assert await ended(task) is None
+    os.close(read if end == "reader" else write)
+
+
+@on_kernel
+async def test_a_closed_socket_is_an_error_at_the_trap_and_the_kernel_goes_on(tmp_path):
+    sock = socket.socket()
+    sock.close()
+    for wait in (sweepea._read_wait, sweepea._write_wait):
+        for _ in range(2):
+            with pytest.raises((OSError, ValueError)):
+                await wait(sock)
+    await sweepea._io_release(sock)
+    with open(tmp_path / "regular", "w") as file:   # which cannot be polled
+        if sys.platform == "linux":
+            with pytest.raises(OSError):
+                await sweepea._read_wait(file)
+    for what in (sweepea._read_wait, sweepea._write_wait):
+        with pytest.raises((OSError, ValueError)):
+            await what(file)                        # closed: has no number any more
+    await sleep(0)
+
+
+@pytest.mark.parametrize("how", ["release", "waiting"])
+@on_kernel
+async def test_a_closed_file_object_does_not_kill_the_kernel(how, tmp_path):
+    with open(tmp_path / "regular", "w") as file:
+        pass
+    try:
+        await trap(f"trap_io_{how}", file)
+    except ValueError:
+        pass
+    await sleep(0)
+
+
+@pytest.mark.parametrize("how", ["read and close", "close and cancel"])
+@on_kernel
+async def test_a_socket_closed_by_its_reader_while_another_task_writes(how):
+    async def reader():
+        await sweepea._read_wait(ours)
+        ours.close()            # without a word to the kernel
+
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        while True:
+            ours.send(b"x" * 65536)
+    task = await waiting(reader)
+    writer = await waiting(sweepea._write_wait, ours)
+    if how == "read and close":
+        theirs.send(b"x")
+        assert await ended(task) is None
+    else:
+        ours.close()
+        await task.cancel()
+    await writer.cancel()
+    theirs.close()
+    await sleep(0)
+
+
+def test_a_callback_that_raises_leaves_run_and_the_kernel_can_be_used_again():
+    def boom():
+        raise ValueError("boom")
+
+    async def main():
+        for _ in range(20):
+            await sleep(0.001)
+        return "done"
+
+    with Kernel() as kernel:
+        task = kernel._spawn(main())
+        for _ in range(3):
+            for _ in range(5):
+                kernel.loop.call_later(0, boom)
+            with pytest.raises(ValueError, match="boom"):
+                kernel.run(forever)
+        assert kernel.run(task.join) == "done"
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
+def test_what_is_meant_for_the_program_leaves_run_and_the_kernel_shuts_down(kind):
+    async def leave():
+        await sleep(0)
+        raise kind(3)
+
+    async def other():
+        try:
+            await forever()
+        finally:
+            cleaned.append(True)
+
+    async def main():
+        await spawn(other)
+        await spawn(leave)
+        await forever()
+
+    cleaned = []
+    with Kernel() as kernel:
+        with pytest.raises(kind):
+            kernel.run(main)
+        assert len(kernel._tasks) == 2 and kernel.run(clock)
+    assert cleaned and not kernel._tasks
+    with pytest.raises(kind):
+        run(main)
+    assert len(cleaned) == 2
+
+
+def test_shutdown_cancels_the_newest_first_then_calls_back_and_is_final():
+    async def child(n):
+        try:
+            await forever()
+        finally:
+            await sleep(0)
+            said.append(n)
+
+    async def main():
+        for n in range(5):
+            await spawn(child, n)
+        await sleep(0)
+        (await trap("trap_get_kernel"))._call_at_shutdown(lambda: said.append("shutdown"))
+        return "result"
+
+    said, kernel = [], Kernel()
+    assert kernel.run(main, shutdown=True) == "result"
+    assert said == [4, 3, 2, 1, 0, "shutdown"] and not kernel._tasks
+    for again in (kernel.run, lambda: kernel.run(clock), lambda: kernel.run(shutdown=True)):
+        with pytest.raises(RuntimeError, match="shut down"):
+            again()
+
+
+def test_shutdown_reaches_tasks_that_are_spawned_while_it_goes_on():
+    async def hydra(n):
+        try:
+            await forever()
+        finally:
+            if n:
+                await spawn(hydra, n - 1)
+                await spawn(hydra, n - 1)
+            ends.append(n)
+
+    ends = []
+    with Kernel() as kernel:
+        kernel.run(waiting, hydra, 3)
+    assert sorted(ends) == [0] * 8 + [1] * 4 + [2] * 2 + [3]
+
+
+@pytest.mark.parametrize("swallows", [CancelledError, BaseException])
+def test_shutdown_drops_tasks_that_refuse_to_go(swallows, monkeypatch, caplog):
+    async def child():
+        for _ in range(3):
+            try:
+                await forever()
+            except swallows:
+                pass
+
+    monkeypatch.setattr(sweepea, "SHUTDOWN_GRACE", 0.01)
+    with Kernel() as kernel:
+        kernel.run(waiting, child)
+        kernel._call_at_shutdown(lambda: caplog.records or pytest.fail("too early"))
+    assert "child" in caplog.text and "dropped" in caplog.text and not kernel._tasks
+
+
+def test_shutdown_of_a_task_that_waits_for_a_thread(caplog):
+    gate, began = threading.Event(), threading.Event()
+    with Kernel() as kernel:
+        kernel.run(waiting, run_in_thread, lambda: (began.set(), gate.wait(30)))
+        assert began.wait(10)
+    assert not kernel._tasks and "abandoned" in caplog.text
+    gate.set()
+
+
+def test_shutdown_of_very_many_tasks_takes_no_longer_than_their_number():
+    def seconds(count):
+        async def main():
+            for _ in range(count):
+                await spawn(forever)
+            await sleep(0)
+        kernel = Kernel()
+        kernel.run(main)
+        began = time.perf_counter()
+        kernel.run(shutdown=True)
+        return time.perf_counter() - began
+
+    few = seconds(1_000)
+    assert seconds(10_000) < 10 * few * 4       # ten times as many; four to spare
+
+
+def test_a_nested_run_is_refused():
+    async def main():
+        kernel = await trap("trap_get_kernel")
+        with pytest.raises(RuntimeError, match="running already"):
+            kernel.run()
+        return "fine"
+
+    assert run(main) == "fine"
+
+
+def test_a_task_that_blocks_is_named_in_the_log(monkeypatch, caplog):
+    async def hog():
+        deadline = time.monotonic() + 0.02
+        while time.monotonic() < deadline:
+            pass
+
+    async def main():
+        await (await spawn(hog)).join()
+
+    monkeypatch.setattr(sweepea, "BLOCKED", 0.01)
+    run(main)
+    record, = [record for record in caplog.records if "stood still" in record.message]
+    assert "hog" in record.message
+
+
+def test_busy_coroutines_do_not_starve_the_loop():
+    async def busy():
+        while True:
+            await sleep(0)
+
+    async def main():
+        tasks = [await spawn(busy) for _ in range(1000)]
+        ticks, kernel = [], await trap("trap_get_kernel")
+
+        def tick():
+            ticks.append(tasks[-1].cycles)
+            if len(ticks) < 50:
+                kernel.loop.call_later(0, tick)
+        tick()
+        await until(lambda: len(ticks) == 50)
+        return ticks
+
+    ticks = run(main)
+    # pika had its turn again and again: between two of them nobody ran very often.
+    assert ticks[-1] > 0 and ticks[-1] < 50 * 50
+
+
+# =====================================================================================
+# 7. The bridge
+# =====================================================================================
+
+QUIET = pika.BasicProperties(correlation_id="1")
+
+
+async def connect(broker, **options):
+    connection = await sweepea.Connection.open([broker.url])
+    return connection, await connection.channel(**options)
+
+
+def closed_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def test_the_urls_are_tried_in_turn(broker):
+    async def main():
+        dead = f"amqp://guest:guest@127.0.0.1:{closed_port()}/%2F"
+        connection = await sweepea.Connection.open([dead, broker.url])
+        assert connection.pika.params.port == broker.port
+        await connection.close()
+        with pytest.raises(pika.exceptions.AMQPConnectionError) as caught:
+            await sweepea.Connection.open([dead])
+        assert "refused" in sweepea.describe(caught.value)
+
+    run(main)
+
+
+@pytest.mark.parametrize("change", [
+    ("guest:guest", "guest:secret"), ("%2F", "nowhere")])
+def test_a_refusal_is_known_as_one_and_keeps_the_password(broker, change):
+    async def main():
+        dead = f"amqp://guest:secret@127.0.0.1:{closed_port()}/%2F"
+        await sweepea.Connection.open([broker.url.replace(*change), dead])
+
+    with pytest.raises(sweepea.REFUSED) as caught:
+        run(main)
+    assert "secret" not in sweepea.describe(caught.value)
+
+
+def test_every_waiter_learns_that_the_channel_was_closed(broker):
+    async def main():
+        connection, channel = await connect(broker)
+        tasks = [await spawn(channel.call("queue_declare", name, passive=True))
+                 for name in ("no-such-queue", "nor-this")]
+        for task in tasks:
+            with pytest.raises(TaskError) as caught:
+                await task.join()
+            assert isinstance(caught.value.__cause__,
+                              pika.exceptions.ChannelClosedByBroker)
+        with pytest.raises(pika.exceptions.ChannelClosedByBroker):
+            await channel.call("queue_declare", "q")
+        assert channel.basic_ack(1) is False
+        channel.basic_nack(1)
+        assert connection.closed is None
+        await connection.close()
+        with pytest.raises(pika.exceptions.AMQPError):
+            await connection.channel()
+
+    run(main)
+
+
+def test_a_return_reaches_the_one_who_published_it(broker):
+    async def main():
+        connection, channel = await connect(broker, confirm=True)
+        queue = (await channel.call("queue_declare", "", exclusive=True)).method.queue
+        outcomes = {}
+
+        async def publish(n):
+            key = queue if n % 3 else "nowhere"
+            properties = pika.BasicProperties(correlation_id=str(n % 7))
+            try:
+                await channel.basic_publish("", key, b"x", properties)
+                outcomes[n] = "confirmed"
+            except pika.exceptions.UnroutableError:
+                outcomes[n] = "returned"
+
+        for task in [await spawn(publish, n) for n in range(300)]:
+            await task.join()
+        await connection.close()
+        return outcomes
+
+    assert run(main) == {n: "confirmed" if n % 3 else "returned" for n in range(300)}
+
+
+def test_a_nack_is_an_exception(broker):
+    async def main():
+        connection, channel = await connect(broker, confirm=True)
+        queue = (await channel.call("queue_declare", "", exclusive=True, arguments={
+            "x-max-length": 1, "x-overflow": "reject-publish"})).method.queue
+        await channel.basic_publish("", queue, b"1", QUIET)
+        with pytest.raises(pika.exceptions.NackError):
+            await channel.basic_publish("", queue, b"2", QUIET)
+        await connection.close()
+
+    run(main)
+
+
+def test_a_connection_closed_under_its_users(broker):
+    async def main():
+        connection, channel = await connect(broker, confirm=True)
+        await sleep(0)
+        waiter = await spawn(channel.wait_closed)
+        await run_in_thread(broker.ctl, "close_all_connections", "test")
+        assert isinstance(await waiter.join(), pika.exceptions.ConnectionClosedByBroker)
+        with pytest.raises(pika.exceptions.ConnectionClosedByBroker):
+            await channel.basic_publish("", "q", b"x", QUIET)
+        await connection.close()
+
+    run(main)
+
+
+def test_a_consumer_whose_queue_is_deleted_is_told(broker):
+    async def main():
+        connection, channel = await connect(broker)
+        other = await connection.channel()
+        queue = "deleted" + uuid.uuid4().hex
+        await other.call("queue_declare", queue, durable=True)
+        await channel.call("basic_consume", queue, lambda *message: None)
+        await other.call("queue_delete", queue)
+        reason = await channel.wait_closed()
+        assert isinstance(reason, pika.exceptions.ConsumerCancelled)
+        await connection.close()
+
+    run(main)
+
+
+def test_a_cancelled_attempt_to_connect_leaves_nothing():
+    async def main(port):
+        async with ignore_after(0.2) as timer:
+            await sweepea.Connection.open([f"amqp://127.0.0.1:{port}"])
+        assert timer.expired
+
+    with socket.create_server(("127.0.0.1", 0)) as server:      # it never answers
+        run(main, server.getsockname()[1])
+        with server.accept()[0] as peer:
+            assert peer.recv(8) == b"AMQP\x00\x00\x09\x01"
+
+
+def test_a_link_comes_back_and_declares_anew(broker):
+    async def main():
+        connected = Queue()
+
+        async def on_connect(connection, channel):
+            await connected.put(channel)
+
+        link = sweepea.Link([broker.url], on_connect)
+        task = await spawn(link.run)
+        for _ in range(2):
+            channel = await connected.get()
+            await link.up.wait()
+            await link.publish("", await queue_of(link), b"x", QUIET)
+            await run_in_thread(broker.ctl, "close_all_connections", "test")
+            await channel.wait_closed()
+        await task.cancel()
+
+    async def queue_of(link):
+        frame = await (await link._connection.channel()).call("queue_declare", "",
+                                                              exclusive=True)
+        return frame.method.queue
+
+    run(main)
+
+
+def test_a_link_raises_what_waiting_does_not_mend(broker):
+    async def misdeclare(connection, channel):
+        await channel.call("exchange_declare", "amq.direct", "topic", durable=True)
+
+    async def nothing(connection, channel):
+        pass
+
+    with pytest.raises(pika.exceptions.ChannelClosedByBroker):
+        run(sweepea.Link([broker.url], misdeclare).run)
+    with pytest.raises(sweepea.REFUSED):
+        run(sweepea.Link([broker.url.replace("guest:", "nobody:")], nothing).run)
+
+
+def test_a_thousand_busy_coroutines_starve_no_heartbeat(broker):
+    async def busy():
+        while True:
+            await sleep(0)
+
+    async def main():
+        connection = await sweepea.Connection.open([broker.url + "?heartbeat=2"])
+        for _ in range(1000):
+            await spawn(busy, daemon=True)
+        reason = await ignore_after(7, connection.wait_closed())
+        assert reason is None and connection.pika.is_open
+        await connection.close()
+
+    run(main)
+
+
+# =====================================================================================
+# 8. Workers
+# =====================================================================================
+
+class Unpicklable(Exception):
+    def __init__(self, one, two):
+        super().__init__("text")
+        self.lock = threading.Lock()
+
+
+def double(x):
+    return x + x
+
+
+def complain(kind, *args):
+    raise kind(*args)
+
+
+def leave(how):
+    how[0] == "exit" and os._exit(how[1])
+    os.kill(os.getpid(), how[1])
+    time.sleep(60)
+
+
+def own_pid():
+    return os.getpid()
+
+
+def signalled():
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        os.kill(os.getpid(), signum)
+    return "alive"
+
+
+@pytest.mark.parametrize("run_in", [run_in_thread, run_in_process])
+def test_results_and_exceptions_come_back(run_in):
+    async def main():
+        assert await run_in(double, 4) == 8
+        assert len(await run_in(double, b"x" * 3_000_000)) == 6_000_000
+        with pytest.raises(ZeroDivisionError, match="text"):
+            await run_in(complain, ZeroDivisionError, "text")
+        with pytest.raises(SystemExit):
+            await run_in(complain, SystemExit, 3)
+        tasks = [await spawn(run_in, double, n) for n in range(100)]
+        assert [await task.join() for task in tasks] == [2 * n for n in range(100)]
+
+    run(main)
+
+
+def test_an_abandoned_thread_is_replaced_and_its_result_thrown_away(caplog):
+    gate = threading.Event()
+
+    async def main():
+        kernel = await sweepea._get_kernel()
+        pool = sweepea.ThreadPool(kernel, 1)
+        with pytest.raises(TaskTimeout):
+            await timeout_after(0.05, run_in_thread, gate.wait, 60)
+        assert pool.abandoned == 1 and "wait" in caplog.text
+        assert await run_in_thread(double, 1) == 2
+        gate.set()
+        while pool.abandoned:
+            await sleep(0.01)
+        assert await run_in_thread(double, 2) == 4
+
+    run(main)
+
+
+def test_a_call_that_has_not_started_is_never_run():
+    gate, ran = threading.Event(), []
+
+    async def main():
+        sweepea.ThreadPool(await sweepea._get_kernel(), 1)
+        first = await spawn(run_in_thread, gate.wait, 60)
+        second = await spawn(run_in_thread, ran.append, 1)
+        await sleep(0)
+        await second.cancel()
+        gate.set()
+        await first.join()
+        await run_in_thread(double, 1)
+
+    run(main)
+    assert not ran
+
+
+def test_the_traceback_of_a_process_is_the_cause():
+    with pytest.raises(ZeroDivisionError) as caught:
+        run(run_in_process, complain, ZeroDivisionError)
+    assert "in complain" in str(caught.value.__cause__)
+
+
+def test_what_cannot_be_pickled():
+    async def main():
+        with pytest.raises(sweepea.WorkerError, match="Unpicklable: text") as caught:
+            await run_in_process(complain, Unpicklable, 1, 2)
+        assert "in complain" in str(caught.value.__cause__)
+        with pytest.raises((TypeError, AttributeError)):
+            await run_in_process(double, threading.Lock())
+        with pytest.raises((TypeError, AttributeError, sweepea.WorkerError)):
+            await run_in_process(threading.Lock)
+
+    run(main)
+
+
+@pytest.mark.parametrize("how, said", [
+    (("exit", 3), "exit code 3"), (("kill", signal.SIGKILL), "SIGKILL"),
+    (("kill", signal.SIGSEGV), "SIGSEGV")])
+def test_the_death_of_a_process_reaches_its_caller_alone(how, said):
+    async def main():
+        sweepea.ProcessPool(await sweepea._get_kernel(), 2)
+        neighbour = await spawn(run_in_process, time.sleep, 0.3)
+        with pytest.raises(sweepea.WorkerLost, match=said):
+            await run_in_process(leave, how)
+        await neighbour.join()
+        assert await run_in_process(double, 3) == 6
+
+    run(main)
+
+
+def test_a_cancelled_caller_kills_its_process():
+    async def main():
+        sweepea.ProcessPool(await sweepea._get_kernel(), 1)
+        pid = await run_in_process(own_pid)
+        with pytest.raises(TaskTimeout):
+            await timeout_after(0.1, run_in_process, time.sleep, 60)
+        other = await run_in_process(own_pid)
+        while not gone({pid}):
+            await sleep(0.01)
+        assert other != pid and not gone({other})
+        return other
+
+    assert gone({run(main)})      # shut down with its kernel
+
+
+def test_a_worker_process_leaves_signals_to_its_parent():
+    assert run(run_in_process, signalled) == "alive"
+
+
+def test_a_worker_process_leaves_when_its_parent_is_killed(tmp_path):
+    (tmp_path / "orphan.py").write_text(
+        "import os, sweepea\n"
+        "def spin():\n"
+        "    print(os.getpid(), flush=True)\n"
+        "    while True: pass\n"
+        "if __name__ == '__main__':\n"
+        "    sweepea.run(sweepea.run_in_process, spin)\n")
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "orphan.py")], text=True,
+                              stdout=subprocess.PIPE, env={**os.environ,
+                                                           "PYTHONPATH": str(HERE)})
+    pid = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+
+    wait_until(lambda: gone({pid}), what="the child is gone")
+
+
+def test_importing_it_is_cheap():
+    out = subprocess.run([sys.executable, "-c", "import sys, sweepea; "
+                          "print('multiprocessing' in sys.modules)"], text=True,
+                         capture_output=True, cwd=HERE)
+    assert out.stdout.strip() == "False"
 
 
 # =====================================================================================
@@ -1047,13 +2679,6 @@ def busy(client, tmp_path, name="in_thread", unstarted=2, **environ):
             yield app
         finally:
             (tmp_path / "go").touch()       # (lets go whatever still runs)
-
-
-def gone(pids):
-    """Whether none of these processes runs any more."""
-    out = subprocess.run(["ps", "-eo", "pid=,stat="], capture_output=True, text=True)
-    return not pids & {int(pid) for pid, stat in map(str.split, out.stdout.splitlines())
-                       if not stat.startswith("Z")}
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
