@@ -568,6 +568,7 @@ class _Run:
         self.done = False
         self.acked = False              # said on an open channel; it may still be lost
         self.reply: bytes | None = None
+        self.tries = 0                  # how often it was tried to settle it
 
     def deliver(self, channel: sweepea.Channel, tag: int) -> None:
         self.channel, self.tag = channel, tag
@@ -898,6 +899,7 @@ class OliveOly:
     def _settle(self, run: _Run) -> None:
         """Reply and acknowledge, in this order, on the channel that delivered it."""
         run.done = True
+        run.tries += 1
         reply_to = run.properties.reply_to
         if run.channel.closed is None and run.channel.pika.is_open:
             if reply_to and run.reply is not None:
@@ -910,8 +912,11 @@ class OliveOly:
     async def _settle_again(self, run: _Run) -> None:
         # A reply that the broker does not take (too large for it, an address that makes
         # it choke) closes the channel, and its message comes again, and again. So those
-        # that come again are settled one by one, each with a round trip to see whether
-        # the channel is still there. The one that kills it gets no reply any more.
+        # that come a third time are settled one by one, each with a round trip to see
+        # whether the channel lives. The one that kills it gets no reply any more.
+        if run.tries < 2:
+            self._settle(run)
+            return
         async with self._settling:
             if run.channel.closed is None:
                 self._settle(run)

@@ -475,8 +475,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="olive_utils.py", description="Send a task to the app and print its "
         "result, as JSON.", epilog="exit status: 0 done, 1 the task failed, 2 usage, 3 "
-        "no answer in time, 4 no broker, or no queue bound. The settings are the app's: "
-        "see python olive_app.py --help.")
+        "no answer in time, 4 no broker, or no queue bound. The settings are the "
+        "app's: see python olive_app.py --help.")
     option, number = parser.add_argument, {"type": _seconds, "metavar": "SECONDS"}
     option("task", nargs="?", metavar="TASK", help="its name (without one: add 2 3)")
     option("args", nargs="*", metavar="ARG | name=value", help="the arguments; each is "

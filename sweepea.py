@@ -1090,7 +1090,7 @@ class _Closable:
         """Wait until this is closed; return the reason."""
         try:
             await _future_wait(self._reply())
-        except AMQPError as reason:
+        except Exception as reason:
             return reason
 
 
