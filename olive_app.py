@@ -532,7 +532,10 @@ async def declare_topology(channel: sweepea.Channel, config: OliveAppConfig) -> 
             declare.queue_bind(queue, name, f"{before}0.#")
         else:
             declare.exchange_bind(below, name, f"{before}0.#")
-    await channel.call("queue_declare", config.dead_queue, durable=True)
+    # What is dead has to survive what the queue survives: it is of the same type.
+    await channel.call("queue_declare", config.dead_queue, durable=True, arguments={
+        key: value for key, value in config.queue_arguments.items()
+        if key == "x-queue-type"})
 
 
 # =====================================================================================

@@ -6,6 +6,8 @@ cut sockets, dead brokers) and wait for events, never for a fixed time.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import logging
 import os
@@ -17,7 +19,8 @@ import sys
 import threading
 import time
 import uuid
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
 from dataclasses import FrozenInstanceError, fields
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
@@ -25,14 +28,17 @@ from pathlib import Path
 
 import pika
 import pytest
+from pika.adapters.select_connection import IOLoop
 
 import olive_app
 import olive_utils
 import sweepea
 from olive_app import OliveAppConfig
 from sweepea import (
-    CancelledError, Event, Kernel, Queue, Semaphore, TaskCancelled, TaskError, TaskTimeout,
-    TimeoutCancellationError, UncaughtTimeoutError, clock, current_task, ignore_after, run,
+    CancelledError, CurioError, Event, Kernel, Queue, ReadResourceBusy, ResourceBusy,
+    SchedBarrier, SchedFIFO, Semaphore, Task, TaskCancelled, TaskError,
+    TaskTimeout, TimeoutCancellationError, UncaughtTimeoutError, WorkerError, WorkerLost,
+    WriteResourceBusy, clock, current_task, disable_cancellation, ignore_after, run,
     run_in_process, run_in_thread, sleep, spawn, timeout_after)
 
 HERE = Path(__file__).parent
@@ -93,7 +99,8 @@ class Client:
                 "callbacks": None, "errbacks": None, "chain": None, "chord": None}])
         fields = {"content_type": "application/json", "content_encoding": "utf-8",
                   "delivery_mode": 2, "correlation_id": ident, "reply_to": self.replies,
-                  "headers": {"task": task, "id": ident, **headers}, **(properties or {})}
+                  "headers": {"task": task, "id": ident, **headers},
+                  **(properties or {})}
         exchange, key = ("", self.queue) if to_queue else (self.exchange, "Olive.k")
         self.channel.basic_publish(
             exchange, key, body.encode() if isinstance(body, str) else body,
@@ -125,12 +132,15 @@ class Client:
             pass
 
 
+def _clean_environ():
+    return {k: v for k, v in os.environ.items() if not k.startswith("OLIVE_")}
+
+
 class App:
     """The app as a real process; `log` is its output so far."""
 
     def __init__(self, environ: dict, *argv: str, script="olive_app.py") -> None:
-        environ = {**{k: v for k, v in os.environ.items() if not k.startswith("OLIVE_")},
-                   "PYTHONUNBUFFERED": "1", **environ}
+        environ = {**_clean_environ(), "PYTHONUNBUFFERED": "1", **environ}
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / script), *argv], env=environ, text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -170,7 +180,8 @@ class App:
 
     def children(self):
         """The pids of its descendants."""
-        out = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True)
+        out = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True,
+                             text=True)
         parents = {int(pid): int(parent) for pid, parent in map(str.split,
                    out.stdout.splitlines())}
         family = {self.process.pid}
@@ -213,26 +224,10 @@ def tasks_module(tmp_path, text, name="mytasks"):
 
 def send(environ, *argv, timeout=60):
     """Run the sender; return the completed process."""
-    environ = {**{k: v for k, v in os.environ.items() if not k.startswith("OLIVE_")},
-               **environ}
+    environ = {**_clean_environ(), **environ}
     return subprocess.run([sys.executable, str(HERE / "olive_utils.py"), *argv],
                           env=environ, capture_output=True, text=True, timeout=timeout)
 
-
-import functools
-import inspect
-import multiprocessing
-from concurrent.futures import Future
-from selectors import EVENT_READ, EVENT_WRITE
-
-from pika.adapters.select_connection import IOLoop
-from pika.exceptions import (
-    AMQPConnectionError, AMQPError, ChannelClosedByBroker, ConnectionClosed,
-    ConsumerCancelled, NackError, UnroutableError)
-
-from sweepea import (
-    Connection, CurioError, Link, ReadResourceBusy, ResourceBusy, SchedBarrier, SchedFIFO,
-    Task, WorkerError, WorkerLost, WriteResourceBusy, disable_cancellation)
 
 trap = sweepea._trap
 
@@ -2855,3 +2850,1039 @@ def test_a_reply_that_the_broker_chokes_on_does_not_come_back_for_ever(client):
         client.send("nonsense", to_queue=False)
         assert client.reply()["status"] == "FAILURE"
         app.wait_for("reconnected")
+
+
+# =====================================================================================
+# The drills: nothing is lost, whatever happens
+#
+# Each causes a fault for real and then counts: sent, done, done twice, dead, lost. The
+# tasks leave a line in a file for each start and each end, so what is counted is the
+# work itself and not what somebody says about it.
+# =====================================================================================
+
+DRILL_TASKS = '''
+import asyncio, ctypes, os, resource, signal, sys, threading, time
+import sweepea
+
+def mark(*what):
+    line = (" ".join(map(str, what)) + "\\n").encode()
+    fd = os.open(os.environ["DRILL_LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(fd, line)
+    os.close(fd)
+
+@task
+def work(i, seconds=0):
+    mark("start", i)
+    time.sleep(seconds)
+    mark("done", i)
+    return i
+
+@task(worker="process")
+def pwork(i, seconds=0):
+    mark("pid", os.getpid())
+    return work(i, seconds)
+
+@task
+async def cowork(i, seconds=0):
+    mark("start", i)
+    await sweepea.sleep(seconds)
+    mark("done", i)
+    return i
+
+@task
+async def instant(i):
+    mark("start", i)
+    mark("done", i)
+    return i
+
+@task(retries=3, retry_delay=1.0)
+def flaky(i):
+    mark("start", i)
+    if open(os.environ["DRILL_LOG"]).read().split("\\n").count(f"start {i}") < 3:
+        raise OSError("not yet")
+    mark("done", i)
+    return i
+
+@task
+def fails(i, seconds):
+    mark("start", i)
+    time.sleep(seconds)
+    mark("failed", i)
+    raise ValueError("on purpose")
+
+@task
+def abort(i):
+    mark("start", i)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.abort()
+
+@task(worker="process")
+def die(i, how):
+    mark("start", i)
+    if how == "segfault":
+        ctypes.string_at(0)
+    elif how == "exit":
+        os._exit(3)
+    elif how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif how == "memory":
+        used = int(open("/proc/self/statm").read().split()[0]) * 4096
+        resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), used + (64 << 20)))
+        bytearray(1 << 30)
+
+@task
+def spin(i, seconds):
+    mark("start", i)
+    end, n = time.monotonic() + seconds, 0
+    while time.monotonic() < end:
+        n += 1
+    mark("done", i)
+    return i
+'''
+
+
+class Drill:
+    """A queue of its own, tasks that keep a record, and the count at the end.
+
+    Every call makes a connection of its own, so that it survives what is done to the
+    broker; results go to a durable queue for the same reason.
+    """
+
+    def __init__(self, url, tmp_path, name, **settings):
+        self.url, self.name = url, name
+        self.record = tmp_path / "record"
+        self.record.touch()
+        self.queue, self.dead, self.replies = f"{name}.q", f"{name}.dead", f"{name}.replies"
+        self.environ = {
+            "OLIVE_URL": url, "OLIVE_EXCHANGE": f"{name}.x", "OLIVE_QUEUE": self.queue,
+            "OLIVE_DEAD_QUEUE": self.dead, "DRILL_LOG": str(self.record),
+            "OLIVE_PROCESSES": "2", **settings,
+            **tasks_module(tmp_path, DRILL_TASKS, "drilltasks")}
+        self.sent: list[str] = []
+        arguments = json.loads(settings.get("OLIVE_QUEUE_ARGUMENTS", "{}"))
+        with self.channel() as channel:
+            channel.queue_declare(self.queue, durable=True, arguments=arguments)
+            kind = {key: arguments[key] for key in ["x-queue-type"] if key in arguments}
+            channel.queue_declare(self.dead, durable=True, arguments=kind)
+            channel.queue_declare(self.replies, durable=True, arguments=kind)
+            for queue in self.queue, self.dead, self.replies:
+                channel.queue_purge(queue)
+
+    @contextmanager
+    def channel(self):
+        connection = pika.BlockingConnection(pika.URLParameters(self.url))
+        try:
+            yield connection.channel()
+        finally:
+            if connection.is_open:
+                connection.close()
+
+    def message(self, task, i, *args, reply=True, **headers):
+        ident = f"{task}-{i}"
+        self.sent.append(str(i))
+        body = json.dumps([[i, *args], {}, {}]).encode()
+        return body, pika.BasicProperties(
+            content_type="application/json", content_encoding="utf-8", delivery_mode=2,
+            correlation_id=ident, reply_to=self.replies if reply else None,
+            headers={"task": task, "id": ident, **headers})
+
+    def send(self, calls, **options):
+        """Send (task, i, *args) each; i is what the record knows it by."""
+        with self.channel() as channel:
+            channel.confirm_delivery()      # (else a kill -9 of the broker may eat some)
+            for call in calls:
+                channel.basic_publish("", self.queue, *self.message(*call, **options))
+
+    def marks(self, kind):
+        """What was recorded under this word, in order."""
+        return [line.split(" ", 1)[1] for line in self.record.read_text().splitlines()
+                if line.startswith(kind + " ")]
+
+    def counts(self):
+        with self.channel() as channel:
+            return {queue: channel.queue_declare(queue, passive=True).method.message_count
+                    for queue in (self.queue, self.dead, self.replies)}
+
+    def drain(self, queue):
+        """Take everything out of a queue: [(properties, body)]."""
+        taken = []
+        with self.channel() as channel:
+            while (got := channel.basic_get(queue, auto_ack=True))[0] is not None:
+                taken.append(got[1:])
+        return taken
+
+    def finish(self, app, timeout=30, dead=0, replies=None):
+        """Wait until all is done and settled; stop the app, check, return the tally."""
+        sent = set(self.sent)
+
+        def complete():
+            assert app is None or app.process.poll() is None, app.log
+            return len(sent - set(self.marks("done"))) <= dead
+
+        try:
+            wait_until(complete, timeout, "all done")
+            if replies is not None:
+                wait_until(lambda: self.counts()[self.replies] >= replies, 20, "replies")
+            wait_until(lambda: self.counts()[self.dead] >= dead, 40, "the dead queue")
+            wait_until(lambda: self.counts()[self.queue] == 0, 20, "an empty queue")
+        except AssertionError as exc:
+            raise AssertionError(f"{exc}: {self.tally()} {self.counts()}\n"
+                                 f"{app.log[-5000:] if app else ''}") from None
+        if app is not None:
+            app.signal()
+            assert app.wait(20) == 0, app.log[-3000:]
+            assert "Traceback" not in app.log and "Task Crash" not in app.log, app.log
+        tally = self.tally()
+        # What has come back is a second copy of what is done, if the stop came first.
+        left = [properties.correlation_id for properties, _ in self.drain(self.queue)]
+        done = set(self.marks("done"))
+        assert all(ident.partition("-")[2] in done for ident in left), (tally, left)
+        assert tally["lost"] == 0 and tally["dead"] == dead, (tally, left)
+        return tally
+
+    def tally(self):
+        done = self.marks("done")
+        letters = self.drain(self.dead)
+        dead = {p.correlation_id.partition("-")[2] for p, _ in letters}
+        tally = {"sent": len(self.sent), "done": len(set(done)),
+                 "twice": len(done) - len(set(done)), "dead": len(letters),
+                 "lost": len(set(self.sent) - set(done) - dead)}
+        self.letters = letters
+        if path := os.environ.get("DRILL_FIGURES"):
+            test = os.environ["PYTEST_CURRENT_TEST"].split("::")[-1].split(" ")[0]
+            with open(path, "a") as file:
+                print(test, tally, file=file)
+        return tally
+
+
+@pytest.fixture(scope="module")
+def _victim():
+    with olive_utils.private_broker() as broker:
+        yield broker
+
+
+def _serves(broker):
+    try:
+        pika.BlockingConnection(pika.URLParameters(broker.url)).close()
+        return True
+    except (pika.exceptions.AMQPError, OSError):
+        return False
+
+
+@pytest.fixture
+def victim(_victim):
+    """A broker to be harmed. Whoever stops it starts it again; this sees to the rest."""
+    yield _victim
+    if not _serves(_victim):
+        _victim.start()
+    wait_until(lambda: _serves(_victim), 30, "the victim is up again")
+
+
+# -- the broker -----------------------------------------------------------------------
+
+@pytest.mark.parametrize("how", ["kill", "stop_app"])
+def test_broker_dies_while_everything_waits(victim, tmp_path, how):
+    drill = Drill(victim.url, tmp_path, "v")
+    drill.send([("work", 0, 6)])                    # 6 s deep in its task
+    with running(drill.environ) as app:
+        wait_until(lambda: drill.marks("start"))
+        drill.send([("flaky", f"f{i}") for i in range(5)])      # soon in the ladder
+        eta = time.time() + 6
+        eta_text = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(eta))
+        drill.send([("work", f"e{i}") for i in range(20)], eta=eta_text)
+        drill.send([("work", f"w{i}", 0.02) for i in range(1500)])
+        wait_until(lambda: len(drill.marks("done")) > 200)
+        if how == "kill":
+            victim.kill()
+            victim.start()
+        else:
+            victim.ctl("stop_app")
+            victim.ctl("start_app")
+        began = time.monotonic()
+        app.wait_for("reconnected")
+        back = time.monotonic() - began
+        # (replies are not confirmed: the last before the kill may be gone)
+        tally = drill.finish(app, replies=27)
+        assert back < 30
+        assert drill.marks("start").count("0") == 1, "begun again, though in hand"
+        assert drill.marks("done").count("0") == 1
+        assert tally["twice"] <= 80, tally
+        ids = {properties.correlation_id for properties, _ in drill.drain(drill.replies)}
+        assert "work-0" in ids and {f"work-e{i}" for i in range(20)} <= ids
+
+
+def test_connections_closed_by_the_broker(victim, tmp_path):
+    drill = Drill(victim.url, tmp_path, "v")
+    drill.send([("work", i, 0.05) for i in range(1000)])
+    with running(drill.environ) as app:
+        for n in 1, 2:
+            wait_until(lambda: len(drill.marks("done")) > 100 * n)
+            victim.ctl("close_all_connections", "a drill")
+            app.wait_for("reconnected", count=n)
+        tally = drill.finish(app, replies=1000)
+        # nothing that was in hand was begun again: here all deliveries are expected back
+        assert tally["twice"] == 0, tally
+
+
+def test_a_task_outlasts_the_consumer_timeout(victim, tmp_path):
+    drill = Drill(victim.url, tmp_path, "v")
+    victim.ctl("eval", "application:set_env(rabbit, consumer_timeout, 2000), "
+                       "application:set_env(rabbit, channel_tick_interval, 500).")
+    try:
+        drill.send([("work", 0, 6)] + [("work", i) for i in range(1, 100)])
+        with running(drill.environ) as app:
+            app.wait_for("reconnected")
+            tally = drill.finish(app, replies=100)
+            assert drill.marks("start").count("0") == 1 and tally["twice"] == 0
+    finally:
+        victim.ctl("eval", "application:set_env(rabbit, consumer_timeout, 1800000), "
+                           "application:set_env(rabbit, channel_tick_interval, 60000).")
+
+
+# -- a message that takes the app with it ---------------------------------------------
+
+@pytest.mark.parametrize("seconds, arguments", [
+    (0.05, "{}"), (0, '{"x-queue-type": "quorum"}')])
+def test_a_message_that_kills_the_app(broker, tmp_path, seconds, arguments):
+    # fewer returns than the app allows, as the waits between them double
+    most = int(os.environ.get("DRILL_RETURNS", 3))
+    script = tmp_path / "app.py"
+    script.write_text(f"import olive_app\nif __name__ == '__main__':\n"
+                      f"    olive_app.MAX_RETURNS = {most}\n    olive_app.main()\n")
+    drill = Drill(broker.url, tmp_path, "k" + uuid.uuid4().hex[:8],
+                  OLIVE_QUEUE_ARGUMENTS=arguments)
+    drill.send([("work", i, seconds) for i in range(10)] + [("abort", "x")]
+               + [("work", i, seconds) for i in range(10, 80)])
+    deaths, deadline = 0, time.monotonic() + 90
+    app = App(drill.environ, script=script)
+    try:
+        while drill.counts()[drill.dead] == 0 or len(set(drill.marks("done"))) < 80:
+            assert time.monotonic() < deadline, (deaths, drill.tally(), drill.counts())
+            if app.process.poll() is not None:
+                assert app.process.returncode == -signal.SIGABRT, app.log
+                deaths += 1
+                app = App(drill.environ, script=script)
+            time.sleep(0.05)
+        app.wait_for("connected to")
+        drill.finish(app, dead=1)
+    finally:
+        app.process.kill()
+    headers = drill.letters[0][0].headers
+    assert headers["x-olive-reason"] == "returned" and headers["id"] == "abort-x"
+    assert deaths == most + 1
+
+
+def test_ten_restarts_bury_nobody(broker, tmp_path):
+    drill = Drill(broker.url, tmp_path, "r" + uuid.uuid4().hex[:8], OLIVE_GRACE="5")
+    drill.send([("work", i, 0.05) for i in range(800)])
+    for n in range(1, 6):
+        with running(drill.environ, ready=None) as app:
+            wait_until(lambda: len(drill.marks("done")) >= 50 * n)
+            app.signal()
+            assert app.wait() == 0
+    with running(drill.environ) as app:
+        assert drill.finish(app)["twice"] == 0
+
+
+# -- the app and its workers ----------------------------------------------------------
+
+def test_kill_9_of_the_app(broker, tmp_path):
+    drill = Drill(broker.url, tmp_path, "a" + uuid.uuid4().hex[:8])
+    drill.send([(("pwork" if i % 7 == 0 else "work"), i, 0.01) for i in range(1000)])
+    for n in range(1, 4):
+        with running(drill.environ) as app:
+            wait_until(lambda: len(drill.marks("done")) >= 150 * n and len(
+                app.children()) >= 3)       # two workers and the resource tracker
+            workers = app.children()
+            app.process.kill()
+            app.wait()
+            wait_until(lambda: not any(map(_lives, workers)), 5, "the workers left")
+    with running(drill.environ) as app:
+        tally = drill.finish(app)
+    assert tally["twice"] <= 3 * 80, tally
+
+
+def _lives(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_worker_processes_die_of_everything(broker, tmp_path):
+    drill = Drill(broker.url, tmp_path, "w" + uuid.uuid4().hex[:8])
+    hows = ["segfault", "exit", "killed"]
+    calls = [("pwork", i) for i in range(200)]
+    for n, how in enumerate(hows):
+        calls.insert(50 * (n + 1), ("die", how, how))
+    calls.insert(20, ("die", "memory", "memory"))       # only a MemoryError
+    calls.append(("pwork", "outside", 1.5))
+    drill.send(calls)
+    with running(drill.environ) as app:
+        wait_until(lambda: "outside" in drill.marks("start"))
+        # whoever works on it now left its number just before the start
+        lines = drill.record.read_text().splitlines()
+        at = lines.index("start outside")
+        pids = [int(line.split()[1]) for line in lines[:at] if line.startswith("pid")]
+        os.kill(pids[-1], signal.SIGKILL)
+        tally = drill.finish(app, dead=4, replies=205)
+    assert tally["done"] == 201 and tally["twice"] == 0, tally
+    letters = {p.headers["id"]: p.headers for p, _ in drill.letters}
+    reasons = {ident: headers["x-olive-reason"] for ident, headers in letters.items()}
+    assert reasons == {"die-memory": "failed",
+                       **{f"die-{how}": "worker-lost" for how in hows}}
+    assert "SIGSEGV" in letters["die-segfault"]["x-olive-error"]
+    assert "exit code 3" in letters["die-exit"]["x-olive-error"]
+    assert "SIGKILL" in letters["die-killed"]["x-olive-error"]
+    assert all(drill.marks("start").count(how) == 2 for how in hows), "two tries"
+    replies = {p.correlation_id: json.loads(body) for p, body in drill.drain(drill.replies)}
+    assert replies["die-exit"]["result"]["exc_type"] == "WorkerLostError"
+
+
+# -- the network ----------------------------------------------------------------------
+
+class Relay:
+    """A TCP relay before the broker that can do what networks do.
+
+    delay: seconds that everything is late; chunk: so many bytes at a time; hole: it
+    swallows everything; cut_after: cuts the connection after so many bytes from the
+    broker, wherever that is.
+    """
+
+    def __init__(self, port):
+        self.port, self.delay, self.chunk, self.hole, self.cut_after = port, 0, 65536, 0, None
+        self.server = socket.create_server(("127.0.0.1", 0))
+        self.url = f"amqp://guest:guest@127.0.0.1:{self.server.getsockname()[1]}/%2F"
+        self.connections = 0
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        try:
+            while True:
+                client, _ = self.server.accept()
+                self.connections += 1
+                there = socket.create_connection(("127.0.0.1", self.port))
+                for sock in client, there:
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                threading.Thread(target=self._pump, args=(client, there, False),
+                                 daemon=True).start()
+                threading.Thread(target=self._pump, args=(there, client, True),
+                                 daemon=True).start()
+        except OSError:
+            pass
+
+    def _pump(self, source, target, from_broker):
+        late = sweepea.queue.SimpleQueue()
+
+        def deliver():
+            while (item := late.get()) is not None:
+                due, data = item
+                time.sleep(max(0, due - time.monotonic()))
+                try:
+                    chunk = self.chunk      # (it may be changed meanwhile)
+                    for at in range(0, len(data), chunk):
+                        target.sendall(data[at:at + chunk])
+                except OSError:
+                    return
+
+        threading.Thread(target=deliver, daemon=True).start()
+        try:
+            while data := source.recv(65536):
+                if self.hole:
+                    continue
+                cut = from_broker and self.cut_after is not None
+                if cut:
+                    data, rest = data[:self.cut_after], data[self.cut_after:]
+                    self.cut_after -= len(data)
+                late.put((time.monotonic() + self.delay, data))
+                if cut and rest:
+                    self.cut_after = None
+                    break
+        except OSError:
+            pass
+        late.put((0, b""))
+        late.put(None)
+        for sock in source, target:
+            try:
+                sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+    def close(self):
+        self.server.close()
+
+
+@pytest.fixture
+def relay(broker):
+    relay = Relay(broker.port)
+    yield relay
+    relay.close()
+
+
+def test_cut_in_the_middle_of_a_frame(broker, relay, tmp_path):
+    drill = Drill(broker.url, tmp_path, "n" + uuid.uuid4().hex[:8], OLIVE_URL=relay.url)
+    drill.send([("work", i, 0.01) for i in range(800)])
+    with running(drill.environ) as app:
+        for n, odd in enumerate((1, 4_003, 2_027), 1):
+            wait_until(lambda: len(drill.marks("done")) > 100 * n)
+            relay.cut_after = odd
+            app.wait_for("reconnected", count=n)
+        tally = drill.finish(app, replies=800)
+    assert tally["twice"] == 0, tally
+
+
+def test_a_black_hole(broker, relay, tmp_path):
+    drill = Drill(broker.url, tmp_path, "n" + uuid.uuid4().hex[:8],
+                  OLIVE_URL=relay.url + "?heartbeat=2")
+    drill.send([("work", i, 0.01) for i in range(600)])
+    with running(drill.environ) as app:
+        wait_until(lambda: len(drill.marks("done")) > 100)
+        relay.hole = True
+        app.wait_for("connection lost")
+        relay.hole = False
+        tally = drill.finish(app, replies=500)
+    assert tally["twice"] == 0, tally
+
+
+def test_slow_and_in_single_bytes(broker, relay, tmp_path):
+    drill = Drill(broker.url, tmp_path, "n" + uuid.uuid4().hex[:8], OLIVE_URL=relay.url)
+    drill.send([("work", i) for i in range(200)])
+    relay.chunk = 1
+    with running(drill.environ) as app:
+        wait_until(lambda: len(set(drill.marks("done"))) == 200)
+        relay.chunk, relay.delay = 65536, 0.5
+        drill.send([("work", f"late{i}") for i in range(200)])
+        tally = drill.finish(app, replies=400)
+    assert tally["twice"] == 0 and relay.connections == 1
+
+
+def test_the_broker_is_frozen(victim, tmp_path):
+    drill = Drill(victim.url, tmp_path, "v", OLIVE_URL=victim.url + "?heartbeat=2")
+    drill.send([("work", i, 0.02) for i in range(600)])
+    with running(drill.environ) as app:
+        wait_until(lambda: len(drill.marks("done")) > 100)
+        victim.process.send_signal(signal.SIGSTOP)
+        try:
+            app.wait_for("connection lost")
+        finally:
+            victim.process.send_signal(signal.SIGCONT)
+        app.wait_for("reconnected")
+        tally = drill.finish(app, replies=500)
+    assert tally["twice"] == 0, tally
+
+
+# -- topology -------------------------------------------------------------------------
+
+def test_topology_deleted_under_a_running_app(broker, tmp_path):
+    drill = Drill(broker.url, tmp_path, "o" + uuid.uuid4().hex[:8])
+    x = drill.environ["OLIVE_EXCHANGE"]
+    with running(drill.environ) as app:
+        with drill.channel() as channel:
+            channel.queue_delete(drill.queue)
+        app.wait_for("the broker cancelled the consumer")
+        app.wait_for("reconnected")
+        drill.send([("work", "queue")])
+        wait_until(lambda: "queue" in drill.marks("done"))
+        with drill.channel() as channel:        # what the retries, the next steps and
+            for rung in 0, 3, 16:               # the dead need
+                channel.exchange_delete(f"{drill.queue}.wait.{rung}")
+            channel.queue_delete(f"{drill.queue}.wait.1")
+            channel.exchange_delete(x)
+            channel.queue_delete(drill.dead)
+        drill.send([("flaky", "wait")])
+        body = json.dumps([["first"], {}, {"chain": [
+            {"task": "work", "args": ["next"], "immutable": True}]}]).encode()
+        _, properties = drill.message("work", "first", reply=False)
+        drill.sent.append("next")
+        with drill.channel() as channel:
+            channel.basic_publish("", drill.queue, body, properties)
+        drill.send([("no_such_task", "unknown")])
+        drill.send([("work", "gone")], reply=False)
+        drill.finish(app, dead=1)
+
+
+def test_replies_that_nobody_takes(broker, tmp_path):
+    drill = Drill(broker.url, tmp_path, "o" + uuid.uuid4().hex[:8])
+    with running(drill.environ) as app:
+        with drill.channel() as channel:
+            channel.confirm_delivery()
+            for n, reply_to in enumerate(["gone", "x" * 255, "a\nb", "amq.rabbitmq.trace"]):
+                for what in "work", "no_such_task", None:
+                    body, properties = drill.message("work", f"{what}{n}")
+                    properties.headers["task"], properties.reply_to = what, reply_to
+                    channel.basic_publish("", drill.queue, body, properties)
+        assert drill.finish(app, dead=8)["twice"] == 0
+        assert "connection lost" not in app.log, app.log
+
+
+def test_a_reply_that_breaks_the_connection(broker, tmp_path):
+    drill = Drill(broker.url, tmp_path, "o" + uuid.uuid4().hex[:8])
+    body, properties = drill.message("work", "x")
+    properties.headers["task"] = None           # malformed, so a failure is reported to:
+    properties.reply_to = "amq.rabbitmq.reply-to.g1hkAA.x"      # 541 INTERNAL_ERROR
+    with running(drill.environ) as app:
+        with drill.channel() as channel:
+            channel.basic_publish("", drill.queue, body, properties)
+        app.wait_for("reconnected", count=2)        # two tries, then without a reply
+        drill.send([("work", "good")])
+        drill.finish(app, dead=1, replies=1)
+        assert app.log.count("connection lost") == 2, app.log
+
+
+def test_a_wait_queue_with_other_arguments(broker, tmp_path):
+    drill = Drill(broker.url, tmp_path, "o" + uuid.uuid4().hex[:8])
+    with drill.channel() as channel:
+        channel.queue_declare(f"{drill.queue}.wait.2", durable=True)
+    app = App(drill.environ)
+    assert app.wait() == 1
+    assert app.log.count("the broker refuses us") == 1 and "Traceback" not in app.log
+
+
+def test_two_apps_and_one_of_them_stopped(broker, tmp_path):
+    drill = Drill(broker.url, tmp_path, "o" + uuid.uuid4().hex[:8])
+    drill.send([("work", i, 0.05) for i in range(1000)])
+    with running(drill.environ) as first, running(drill.environ) as second:
+        wait_until(lambda: len(drill.marks("done")) > 200)
+        second.signal()
+        assert second.wait() == 0
+        assert drill.finish(first, replies=1000)["twice"] == 0
+
+
+# -- poison ---------------------------------------------------------------------------
+
+def test_poison_of_every_kind(broker, tmp_path):
+    import random
+    from datetime import datetime
+    from decimal import Decimal
+    drill = Drill(broker.url, tmp_path, "p" + uuid.uuid4().hex[:8])
+    dice, good = random.Random(7), b'[["a"], {}, {"callbacks": null, "chain": null}]'
+    odd = [None, True, -1, 10 ** 12, "", "x" * 5000, "9999-12-31T23:59:59-14:00",
+           "0001-01-01T00:00:00+14:00", [], {}, ["a"], [None, None], [-1, 2], ["1", 2],
+           [1, 2, 3], b"\xff\xfe", Decimal("1.5"), datetime(2020, 1, 1), {"a": {"b": [1]}},
+           "\ud7ff\n\x1b[31m", "1970-01-01"]
+    bodies = [b"", b"\xff\xfe", b"no", b"[" * 200_000, b"[[" + b"9" * 10_000 + b"], {}, {}]",
+              b"[[NaN], {}, {}]", b"[]", b"{}", b"null", b"[1, 2, 3]", b"[[], [], []]",
+              b"[[], {}, []]", b'[[], {}, {"chain": 5}]', b'[[], {}, {"chain": [5]}]',
+              b'[[], {}, {"callbacks": {"task": 1}}]', b'[[], {}, {"chord": {"task": "x"}}]',
+              b'[["a"], {}, {"chain": [{"task": "work", "options": 5}]}]',
+              b'[["a"], {}, {"chain": [{"task": "work", "args": 5}]}]',
+              b'[["a"], {}, {"callbacks": "work"}]', b'[["a"], {}, {"chain": true}]',
+              b'[["a"], {"i": 1}, {}]', b'[["\\ud800"], {}, {}]', b"\x80\x04N."]
+    cases = [(body, {}, {}) for body in bodies]
+    for name in "task", "id", "eta", "expires", "timelimit", "retries", "compression", \
+            "root_id", "parent_id", "x-olive-returns", "x-death":
+        cases += [(good, {name: value}, {}) for value in odd
+                  if not (name == "eta" and str(value).startswith("9999"))
+                  and not (name == "x-olive-returns" and value == 10 ** 12)]
+    cases += [(good, {"task": name}, {}) for name in
+              ("os.system", "__import__", "", "a" * 5000, "celery.chord", "a\nFORGED line")]
+    cases += [(good, {}, {"content_type": kind}) for kind in
+              ("application/x-python-serialize", "application/x-yaml", None, "")]
+    cases += [(good, {}, {"content_encoding": kind}) for kind in ("binary", "gzip", "")]
+    cases += [(good, {"task": "nobody", "filler": "x" * size}, {})
+              for size in (100_000, 129_000, 130_600)]
+    cases += [(good, {f"h{n}": "x" * 60 for n in range(1800)} | {"task": "nobody"}, {})]
+    for _ in range(400):
+        body = bytearray(good)
+        for _ in range(dice.randint(1, 4)):
+            at = dice.randrange(len(body))
+            body[at:at + dice.randint(0, 2)] = dice.randbytes(dice.randint(0, 2))
+        headers = {dice.choice(["id", "expires", "timelimit", "retries", "lang"]):
+                   dice.choice(odd)} if dice.random() < 0.3 else {}
+        cases.append((bytes(body), headers, {}))
+    with running(drill.environ) as app:
+        with drill.channel() as channel:
+            channel.confirm_delivery()
+            for n, (body, headers, changes) in enumerate(cases):
+                properties = drill.message("work", n)[1]
+                properties.headers.update(headers)
+                for name, value in changes.items():
+                    setattr(properties, name, value)
+                channel.basic_publish("", drill.queue, body, properties)
+        drill.send([("work", "good")])
+        sent = len(cases) + 1
+
+        def complete():
+            assert app.process.poll() is None, app.log[-3000:]
+            return drill.counts()[drill.replies] >= sent
+        try:
+            wait_until(complete, 30)
+        except AssertionError:
+            got = {p.correlation_id for p, _ in drill.drain(drill.replies)}
+            lost = [cases[n] for n in range(len(cases)) if f"work-{n}" not in got]
+            raise AssertionError(f"no reply to {len(lost)}: {str(lost)[:3000]}\n"
+                                 f"{app.log[-3000:]}")
+        app.signal()
+        assert app.wait() == 0
+    replies = [json.loads(body) for _, body in drill.drain(drill.replies)]
+    failed = sum(reply["status"] == "FAILURE" for reply in replies)
+    assert len(replies) == sent
+    assert len(drill.drain(drill.dead)) == failed > 300
+    assert drill.counts()[drill.queue] == 0
+    assert "Task Crash" not in app.log and "\nFORGED" not in app.log, app.log
+    assert "reconnected" not in app.log, app.log
+
+
+# -- tasks that misbehave -------------------------------------------------------------
+
+BAD_TASKS = '''
+import json
+class Bad(Exception):
+    def __str__(self): raise ValueError("no text")
+    def __reduce__(self): raise TypeError("no pickle")
+
+def misbehave(how):
+    if how == "large": return "x" * 100_000_000
+    if how == "text": raise ValueError("x" * 1_000_000)
+    if how == "deep": return misbehave(how) + 1
+    if how == "nojson": return {1, 2}
+    if how == "nan": return float("nan")
+    if how == "bad": raise Bad()
+    if how == "exit": sys.exit()
+    if how == "interrupt": raise KeyboardInterrupt
+    if how == "generator": raise GeneratorExit
+    if how == "stop": raise StopIteration(5)
+    if how == "cancelled": raise sweepea.TaskCancelled("mine")
+    if how == "surrogate": raise ValueError("\\udcff")
+    if how == "deepresult":
+        result = []
+        for _ in range(100_000): result = [result]
+        return result
+    if how == "forever":
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        while True: time.sleep(0.05)
+    if how == "files": os.closerange(3, 200); return "closed"
+
+threaded = task("threaded")(misbehave)
+processed = task("processed", worker="process")(misbehave)
+
+@task
+async def coroutined(how):
+    if how == "swallow":
+        while True:
+            try:
+                await sweepea.sleep(100)
+            except BaseException:
+                if sys.exc_info()[0] is GeneratorExit: raise
+    if how == "block":
+        time.sleep(0.7)
+        return 1
+    return misbehave(how)
+'''
+HOWS = ["large", "text", "deep", "nojson", "nan", "bad", "exit", "interrupt", "generator",
+        "stop", "cancelled", "surrogate", "deepresult"]
+
+
+def test_tasks_that_misbehave(broker, tmp_path):
+    drill = Drill(broker.url, tmp_path, "m" + uuid.uuid4().hex[:8], OLIVE_TASKS="")
+    drill.environ |= tasks_module(tmp_path, DRILL_TASKS + BAD_TASKS, "drilltasks")
+    with running(drill.environ) as app:
+        calls = [(kind, f"{kind}.{how}", how) for how in HOWS
+                 for kind in ("threaded", "processed", "coroutined")]
+        calls += [("processed", "processed.files", "files")]
+        timed = [("threaded", "threaded.forever", "forever"),
+                 ("processed", "processed.forever", "forever"),
+                 ("coroutined", "coroutined.swallow", "swallow")]
+        with drill.channel() as channel:
+            channel.confirm_delivery()
+            for kind, name, how in calls + timed + [("coroutined", "blocks", "block")]:
+                _, properties = drill.message(kind, name)
+                if (kind, name, how) in timed:
+                    properties.headers["timelimit"] = [1, None]
+                channel.basic_publish("", drill.queue, json.dumps([[how], {}, {}]).encode(),
+                                      properties)
+        wait_until(lambda: drill.counts()[drill.replies] >= len(calls) + 4, 40,
+                   f"{drill.counts()} {len(calls) + 4}")
+        drill.send([("work", "good"), ("pwork", "pgood"), ("cowork", "cogood")])
+        wait_until(lambda: len(drill.marks("done")) == 3)
+        app.wait_for("ran for 0.7 s")
+        app.signal()
+        assert app.wait(20) == 0, app.log
+    statuses = {p.correlation_id.split("-")[1]: json.loads(body)
+                for p, body in drill.drain(drill.replies)}
+    ok = {name for name, reply in statuses.items() if reply["status"] == "SUCCESS"}
+    assert {"blocks", "good", "pgood", "cogood"} <= ok
+    assert ok <= {"blocks", "good", "pgood", "cogood", "processed.files"}, ok
+    for name in "threaded.forever", "processed.forever", "coroutined.swallow":
+        assert statuses[name]["result"]["exc_type"] == "TimeLimitExceeded"
+    assert "'coroutined'[coroutined-blocks]" in next(
+        line for line in app.lines if "ran for 0.7 s" in line)
+
+
+def test_a_long_task_starves_no_heartbeat(victim, tmp_path):
+    drill = Drill(victim.url, tmp_path, "v", OLIVE_URL=victim.url + "?heartbeat=2")
+    before = victim.log.stat().st_size
+    drill.send([("spin", i, 7) for i in range(2)])
+    with running(drill.environ) as app:
+        drill.finish(app, replies=2)
+        assert "connection lost" not in app.log
+    said = victim.log.read_bytes()[before:]
+    assert b"missed heartbeat" not in said and b"closing AMQP connection" in said
+
+
+# -- back-pressure --------------------------------------------------------------------
+
+def test_a_memory_alarm(victim, tmp_path):
+    drill = Drill(victim.url, tmp_path, "v", OLIVE_GRACE="2")
+    drill.send([("work", i, 0.4) for i in range(320)])
+    try:
+        with running(drill.environ) as app:
+            wait_until(lambda: drill.marks("done"))
+            victim.ctl("set_vm_memory_high_watermark", "absolute", "1MB")
+            app.wait_for("the broker has blocked the connection")
+            sender = send(drill.environ, "work", "s", "--timeout", "1")
+            assert sender.returncode == 3, sender.stderr
+            done = len(drill.marks("done"))
+            victim.ctl("set_vm_memory_high_watermark", "0.4")
+            app.wait_for("lifted the block")
+            wait_until(lambda: len(drill.marks("done")) > done + 80)    # by itself
+            victim.ctl("set_vm_memory_high_watermark", "absolute", "1MB")
+            app.wait_for("the broker has blocked the connection", count=2)
+            began = time.monotonic()
+            app.signal()
+            assert app.wait() == 0 and time.monotonic() - began < 6
+    finally:
+        victim.ctl("set_vm_memory_high_watermark", "0.4")
+    with running(drill.environ) as app:
+        drill.finish(app)
+
+
+def test_the_broker_dies_while_it_blocks(victim, tmp_path):
+    drill = Drill(victim.url, tmp_path, "v")
+    drill.send([("fails", "f", 6)] + [("work", i, 0.4) for i in range(200)])
+    with running(drill.environ) as app:
+        wait_until(lambda: drill.marks("done"))
+        victim.ctl("set_vm_memory_high_watermark", "absolute", "1MB")
+        app.wait_for("the broker has blocked the connection")
+        # its dead letter waits now for the block to be lifted, which never happens
+        wait_until(lambda: drill.marks("failed"))
+        victim.kill()
+        victim.start()
+        drill.finish(app, dead=1)
+
+
+# -- stopping -------------------------------------------------------------------------
+
+def test_stop_with_eighty_in_hand(broker, tmp_path):
+    drill = Drill(broker.url, tmp_path, "s" + uuid.uuid4().hex[:8], OLIVE_GRACE="20")
+    drill.send([("instant" if i % 4 == 3 else "work", i, 1)[:2 if i % 4 == 3 else 3]
+                for i in range(100)])
+    with running(drill.environ) as app:
+        wait_until(lambda: len(drill.marks("start")) >= 20 and drill.marks("done"))
+        app.signal(signal.SIGTERM)
+        assert app.wait() == 0
+        assert sorted(drill.marks("start")) == sorted(drill.marks("done"))
+        started = len(drill.marks("start"))
+        wait_until(lambda: drill.counts()[drill.queue] == 100 - started, 5, "given back")
+        assert drill.counts()[drill.replies] == started < 100
+
+
+def test_stop_in_awkward_moments(broker, relay, tmp_path):
+    drill = Drill(broker.url, tmp_path, "s" + uuid.uuid4().hex[:8], OLIVE_GRACE="1")
+    with running({**drill.environ, "OLIVE_GRACE": "30"}) as app:   # a second signal
+        drill.send([("work", "long", 60), ("pwork", "plong", 60)])
+        wait_until(lambda: len(drill.marks("start")) == 2)
+        app.signal()
+        app.wait_for("stopping")
+        app.signal()
+        assert app.wait(5) == 128 + signal.SIGTERM
+    with running(drill.environ) as app:                 # Ctrl-C; the grace ends
+        wait_until(lambda: len(drill.marks("start")) == 4)
+        workers = app.children()
+        began = time.monotonic()
+        os.killpg(app.process.pid, signal.SIGINT)
+        assert app.wait(10) == 0 and time.monotonic() - began < 5
+        assert app.log.count("given back, as it did not end in time") == 2, app.log
+        wait_until(lambda: not any(map(_lives, workers)), 5)
+        wait_until(lambda: drill.counts()[drill.queue] == 2, 5)
+    with drill.channel() as channel:
+        channel.queue_purge(drill.queue)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        url = f"amqp://127.0.0.1:{mute.getsockname()[1]}"
+        with running({**drill.environ, "OLIVE_URL": url}, ready=None) as app:
+            mute.accept()                               # while connecting
+            began = time.monotonic()
+            app.signal()
+            assert app.wait(10) == 0 and time.monotonic() - began < 5
+    with running({**drill.environ, "OLIVE_URL": url}, ready="no connection") as app:
+        began = time.monotonic()                        # while the broker is away
+        app.signal()
+        assert app.wait(10) == 0 and time.monotonic() - began < 5
+    with running({**drill.environ, "OLIVE_URL": relay.url}) as app:
+        wait_until(lambda: relay.connections == 1)
+        relay.hole = True                               # while a publish waits
+        with drill.channel() as channel:
+            channel.basic_publish("", drill.queue, *drill.message("no_such_task", "u"))
+        app.signal()
+        assert app.wait(10) == 0
+        relay.close()
+
+
+# -- the dead queue -------------------------------------------------------------------
+
+def test_dead_and_replay(broker, tmp_path):
+    drill = Drill(broker.url, tmp_path, "d" + uuid.uuid4().hex[:8])
+    with running(drill.environ):
+        pass                                            # declares everything
+    n = int(os.environ.get("DRILL_DEAD", 1000))
+    with drill.channel() as channel:
+        channel.confirm_delivery()
+        for i in range(n):
+            body, properties = drill.message("work", i, retries=3, **{
+                "x-olive-returns": 5, "x-olive-reason": "returned",
+                "x-olive-error": "E: e", "x-olive-traceback": "t" * 5000})
+            channel.basic_publish("", drill.dead, body, properties)
+    listed = send(drill.environ, "--dead")
+    lines = [json.loads(line) for line in listed.stdout.splitlines()]
+    assert len({line["id"] for line in lines}) == n and listed.returncode == 0
+    wait_until(lambda: drill.counts()[drill.dead] == n, 5, "only shown")
+    replay = App(drill.environ, "--replay", script="olive_utils.py")
+    wait_until(lambda: drill.counts()[drill.queue] > n // 10)
+    replay.process.kill()
+    replay.wait()
+    at_queue, at_dead = drill.counts()[drill.queue], wait_until(
+        lambda: drill.counts()[drill.dead], 5)
+    assert at_queue + at_dead >= n
+    assert send(drill.environ, "--replay").returncode == 0
+    assert drill.counts()[drill.dead] == 0
+    with drill.channel() as channel:
+        _, properties, _ = channel.basic_get(drill.queue)
+        assert properties.headers["retries"] == 0
+        assert not [name for name in properties.headers if name.startswith("x-olive")]
+    with running(drill.environ) as app:
+        tally = drill.finish(app)
+    assert tally["done"] == n and tally["twice"] <= 100
+
+
+# -- TLS ------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory):
+    """A folder with two authorities (ca, other) and a certificate of `ca`'s for
+    localhost alone."""
+    folder = tmp_path_factory.mktemp("tls")
+
+    def openssl(*args):
+        subprocess.run(["openssl", *args], cwd=folder, check=True, capture_output=True)
+
+    for name in "ca", "other":
+        openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-keyout",
+                f"{name}.key", "-out", f"{name}.pem", "-subj", f"/CN={name}")
+    openssl("req", "-newkey", "rsa:2048", "-nodes", "-keyout", "server.key", "-out",
+            "server.csr", "-subj", "/CN=localhost")
+    (folder / "san").write_text("subjectAltName=DNS:localhost\n")
+    openssl("x509", "-req", "-in", "server.csr", "-CA", "ca.pem", "-CAkey", "ca.key",
+            "-CAcreateserial", "-days", "2", "-extfile", "san", "-out", "server.pem")
+    return folder
+
+
+def test_tls(authority, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    config = (f"listeners.ssl.1 = 127.0.0.1:{port}\n"
+              f"ssl_options.cacertfile = {authority}/ca.pem\n"
+              f"ssl_options.certfile = {authority}/server.pem\n"
+              f"ssl_options.keyfile = {authority}/server.key\n"
+              "ssl_options.verify = verify_none\n")
+    with olive_utils.private_broker(config=config) as broker:
+        drill = Drill(broker.url, tmp_path, "tls")
+        good = f"amqps://guest:guest@localhost:{port}/%2F"
+        trusted = {"SSL_CERT_FILE": f"{authority}/ca.pem"}
+        for url, extra in [
+                (good.replace("localhost", "127.0.0.1"), trusted),
+                (good, {"SSL_CERT_FILE": f"{authority}/other.pem"})]:
+            with running({**drill.environ, **extra, "OLIVE_URL": url},
+                         ready="certificate verify failed") as app:
+                app.signal()
+                assert app.wait() == 0
+            bad = [line for line in app.lines if "verify failed" in line]
+            assert len(bad) == 1 and "Traceback" not in app.log, app.log
+            assert "guest" not in app.log
+            sender = send({**drill.environ, **extra, "OLIVE_URL": url}, "add", "2", "3")
+            assert sender.returncode == 4 and sender.stderr.count("\n") == 1, sender
+        drill.send([("work", i) for i in range(100)])
+        environ = {**drill.environ, **trusted, "OLIVE_URL": good}
+        with running(environ) as app:
+            assert send(environ, "add", "2", "3").stdout == "5\n"
+            drill.finish(app, replies=100)
+
+
+# -- a long run -----------------------------------------------------------------------
+
+def test_a_long_run_stays_flat(broker, tmp_path):
+    drill = Drill(broker.url, tmp_path, "l" + uuid.uuid4().hex[:8])
+    n = int(os.environ.get("DRILL_LONG", 3000))
+    shapes = ["work", "cowork", "pwork", "instant"]
+
+    def measure(pid):
+        status = Path(f"/proc/{pid}/status").read_text()
+        values = dict(line.split(":", 1) for line in status.splitlines())
+        return (int(values["VmRSS"].split()[0]) >> 10, int(values["Threads"]),
+                len(os.listdir(f"/proc/{pid}/fd")))
+
+    def batch(name, count):
+        drill.send([("flaky" if i % 50 == 0 else "no_such_task" if i % 100 == 1 else
+                     shapes[i % 4], f"{name}{i}") for i in range(count)])
+        wait_until(lambda: drill.counts()[drill.replies] == count, 120)
+        failed = len(drill.drain(drill.dead))
+        replies = [json.loads(body) for _, body in drill.drain(drill.replies)]
+        assert failed == count // 100
+        assert sum(reply["status"] == "SUCCESS" for reply in replies) == count - failed
+        return measure(app.process.pid)
+
+    with running(drill.environ) as app:
+        first = batch("a", n)
+        second = batch("b", n)
+        assert second[0] - first[0] <= 5 and second[1:] == first[1:], (first, second)
+
+
+def test_a_cluster_loses_a_node_and_then_the_leader(tmp_path):
+    with ExitStack() as stack:
+        nodes = [stack.enter_context(olive_utils.private_broker())]
+        for _ in range(2):
+            node = stack.enter_context(olive_utils.private_broker(peer=nodes[0]))
+            for command in ["stop_app"], ["join_cluster", nodes[0].node], ["start_app"]:
+                node.ctl(*command)
+            nodes.append(node)
+        drill = Drill(nodes[0].url, tmp_path, "cluster",
+                      OLIVE_QUEUE_ARGUMENTS='{"x-queue-type": "quorum"}')
+        drill.environ["OLIVE_URL"] = ",".join(node.url for node in nodes)
+        with running(drill.environ) as app:
+            now = datetime.now(timezone.utc)
+            for seconds in 10, 20:
+                body, properties = drill.message("work", f"late{seconds}", eta=(
+                    now + timedelta(seconds=seconds)).isoformat())
+                with drill.channel() as channel:
+                    channel.confirm_delivery()
+                    channel.basic_publish("", drill.queue, body, properties)
+            drill.send([("work", i, 0.05) for i in range(400)])
+            wait_until(lambda: len(drill.marks("done")) >= 100)
+            nodes[0].kill()             # the one that the app is connected to
+            drill.url = nodes[1].url
+            wait_until(lambda: len(drill.marks("done")) >= 300, 40)
+            nodes[0].start()
+            drill.send([("work", i, 0.05) for i in range(400, 600)])
+            queues = json.loads(nodes[1].ctl("list_queues", "name", "leader",
+                                             "--formatter", "json"))
+            leader = {queue["name"]: queue["leader"] for queue in queues}[drill.queue]
+            next(node for node in nodes if node.node == leader).kill()
+            drill.url = next(node.url for node in nodes if node.node != leader)
+            drill.finish(app, 60)
+
+
+class FarFuture(datetime):
+    def utctimetuple(self):
+        return 9999, 1, 1, 1_000_000_000, 0, 0, 0, 1, 0
+
+
+def test_what_pika_cannot_decode_is_one_line_and_a_longer_wait_each_time(client):
+    """A limit: such a message never reaches us. It has to be purged by hand."""
+    with running(client.config) as app:
+        client.send(far=FarFuture(2026, 1, 1))
+        app.wait_for("out of range", count=2)
+        client.channel.queue_purge(client.queue)
+        app.wait_for("reconnected", count=2)
+        client.send()
+        assert client.reply()["result"] == 5
+    assert "Traceback" not in app.log
