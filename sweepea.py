@@ -1546,6 +1546,8 @@ class ProcessPool:
     async def call(self, func: Callable, args: tuple) -> Any:
         """See `run_in_process`; for those who hold one of the `slots`."""
         call = pickle.dumps((func, args))
+        while self._idle and self._idle[-1][0].exitcode is not None:
+            self._idle.pop()[1].close()     # died while it had nothing to do
         process, sock = self._idle.pop() if self._idle else self._start()
         try:
             await _send(sock, _HEAD.pack(len(call)) + call)
@@ -1554,9 +1556,11 @@ class ProcessPool:
             # Cancelled, dead or speaking nonsense: whatever it is, it is over.
             await _io_release(sock)
             sock.close()
-            if isinstance(exc, OSError):
-                exc = await self._obituary(process)
-            process.kill()
+            try:
+                if isinstance(exc, OSError):
+                    exc = await self._obituary(process)
+            finally:
+                process.kill()
             raise exc from None
         self._idle.append((process, sock))
         if ok:

@@ -1810,6 +1810,18 @@ def test_a_cancelled_caller_kills_its_process():
     assert gone({run(main)})      # shut down with its kernel
 
 
+def test_a_process_that_died_idle_is_nobodys_loss():
+    async def main():
+        sweepea.ProcessPool(await sweepea._get_kernel(), 1)
+        pid = await run_in_process(own_pid)
+        os.kill(pid, signal.SIGKILL)
+        while not gone({pid}):
+            await sleep(0.01)
+        assert await run_in_process(own_pid) != pid
+
+    run(main)
+
+
 def test_a_worker_process_leaves_signals_to_its_parent():
     assert run(run_in_process, signalled) == "alive"
 
