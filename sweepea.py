@@ -265,9 +265,9 @@ class Task:
         """
         await self.wait()
         self.joined = True
-        if self.exception is not None:
-            raise TaskError("Task crash") from self.exception
-        return self.result
+        if self._final_exc is not None:
+            raise TaskError("Task crash") from self._final_exc
+        return self._final_result
 
     async def cancel(self, *, exc: type[BaseException] | BaseException = TaskCancelled,
                      blocking: bool = True) -> None:
@@ -354,6 +354,16 @@ class SchedFIFO:
 
 class SchedBarrier(SchedFIFO):
     """A waiting room that calls everybody at once."""
+
+    def __init__(self) -> None:
+        self._tasks = {}    # lighter: nobody is called from its front one by one
+
+    def _kernel_wake(self, ntasks: int = 1) -> list[Task]:
+        tasks = list(self._tasks)[:ntasks]
+        for task in tasks:
+            del self._tasks[task]
+        return tasks
+
     async def wake(self, n: int | None = None) -> None:
         """Call n tasks, or all."""
         await super().wake(len(self) if n is None else n)
