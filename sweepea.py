@@ -564,14 +564,15 @@ def ignore_after(seconds: float | None, corofunc=None, *args,
 #                      for a file           other threads      that is ready
 #
 # A turn (`_turn`) is one callback. It runs what is ready, and what becomes ready of
-# that, for one millisecond at most; then pika's loop is at liberty again. A thousand
-# coroutines that never sleep delay a heartbeat by a millisecond. But one coroutine
-# that computes without ever reaching a trap blocks everything, as it does in every
-# event loop; the kernel can only say which one it was (`BLOCKED`).
+# that, until a millisecond is over; then pika's loop is at liberty again, however many
+# tasks are still ready. The clock is looked at after each task, so a turn is longer by
+# what its last task takes until it waits or gives way. One that computes, or goes from
+# trap to trap without ever waiting, blocks everything, as it does in every event loop;
+# the kernel can only say afterwards which one it was (`BLOCKED`).
 # =====================================================================================
 
-SLICE = 0.001           # seconds that a turn may last before pika has its turn
-BLOCKED = 0.5           # seconds without a trap after which a task is named in the log
+SLICE = 0.001           # seconds after which no further task is begun in a turn
+BLOCKED = 0.5           # seconds without waiting; then a task is named in the log
 SHUTDOWN_GRACE = 2.0    # seconds that a cancelled task has, at shutdown, to go
 
 _SUSPENDED = object()   # what a trap answers if the task has to wait
@@ -761,8 +762,10 @@ class Kernel:
 
                     before, now = now, time.monotonic()
                     if now - before > BLOCKED:
-                        log.warning("%r ran for %.1f s without a trap: all else stood "
-                                    "still", task, now - before)
+                        log.warning("%r ran for %.1f s without waiting: all else "
+                                    "stood still", task, now - before)
+                    if self._main is not None and now - began > SLICE:
+                        break       # (a single pass has no main task, and is whole)
                 if self._main is None or self._main.terminated or now - began > SLICE:
                     break
         finally:

@@ -1482,6 +1482,30 @@ def test_busy_coroutines_do_not_starve_the_loop():
     assert ticks[-1] > 0 and ticks[-1] < 50 * 50
 
 
+def test_the_loop_has_its_turn_within_a_round_of_ready_tasks(monkeypatch):
+    monkeypatch.setattr(sweepea, "SLICE", 0)
+    turns = 0
+
+    async def main():
+        loop = (await sweepea._get_kernel()).loop
+
+        def tick():
+            nonlocal turns
+            turns += 1
+            loop.call_later(0, tick)
+
+        async def busy():
+            for _ in range(10):
+                await sleep(0)
+
+        tick()
+        for task in [await spawn(busy) for _ in range(20)]:
+            await task.join()
+
+    run(main)
+    assert turns > 100      # not once a round, which would be some 10
+
+
 # =====================================================================================
 # 7. The bridge
 # =====================================================================================
@@ -2452,7 +2476,7 @@ def test_nearly_full_headers_do_not_cost_the_connection(live, name, args):
 def test_a_coroutine_that_blocks_is_named_in_the_log(live):
     ident = live.send("blocks", [])
     assert live.reply()["result"] == "blocked"
-    line = next(line for line in live.app.lines if "without a trap" in line)
+    line = next(line for line in live.app.lines if "without waiting" in line)
     assert ident in line and "blocks" in line
 
 
