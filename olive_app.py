@@ -842,9 +842,13 @@ class OliveOly:
         if self._suspect is not None:
             return False
         self._suspect = run
-        while any(other.suspect and other is not run for other in self._in_hand):
+        while True:
+            # Those who have stepped aside are acknowledged, but that may still lie in
+            # pika's buffer, and would be lost with us: after a round trip it is not.
+            await self._round_trip(run)
+            if not any(other.suspect and other is not run for other in self._in_hand):
+                return True
             await sleep(0.01)
-        return True
 
     async def _run(self, run: _Run, request: Request, registered: OliveTask) -> tuple:
         """Run the task where it belongs; return its outcome."""
@@ -924,10 +928,13 @@ class OliveOly:
             if run.channel.closed is None:
                 self._settle(run)
                 try:
-                    await run.channel.call("basic_qos",
-                                           prefetch_count=self.config.prefetch)
+                    await self._round_trip(run)
                 except AMQPError:
                     run.reply = None
+
+    async def _round_trip(self, run: _Run) -> None:
+        """Return when the broker has read all that was said on the channel so far."""
+        await run.channel.call("basic_qos", prefetch_count=self.config.prefetch)
 
     def _error_reply(self, request: Request | None, status: str, error: tuple) -> bytes:
         kind, module, text, trace = error

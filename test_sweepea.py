@@ -3178,10 +3178,7 @@ def test_a_task_outlasts_the_consumer_timeout(victim, tmp_path):
 # -- a message that takes the app with it ---------------------------------------------
 
 @pytest.mark.parametrize("seconds, arguments", [
-    # A known fault, not mended yet: with only 3 returns allowed, now and then an innocent
-    # neighbour is counted as often as the culprit, and is buried with it.
-    pytest.param(0.05, "{}", marks=pytest.mark.xfail(strict=False, reason="an innocent "
-                                                     "may be buried with the culprit")),
+    (0.05, "{}"),
     (0, '{"x-queue-type": "quorum"}')])
 def test_a_message_that_kills_the_app(broker, tmp_path, seconds, arguments):
     # fewer returns than the app allows, as the waits between them double
