@@ -458,6 +458,8 @@ DROPPED = {"CC", "BCC", "x-death", "x-delivery-count"}
 def _again(properties: pika.BasicProperties, **changes: Any) -> pika.BasicProperties:
     """The properties to publish a message again with, less what would make the broker
     drop, refuse or multiply it, and with some headers changed."""
+    # A copy is not its original: each has a mark of its own, see _decide.
+    changes["x-olive-again"] = uuid.uuid4().hex
     again = copy.copy(properties)
     again.headers = {
         name: value for name, value in (properties.headers or {}).items()
@@ -748,7 +750,10 @@ class OliveOly:
 
     async def _decide(self, run: _Run) -> None:
         headers = run.properties.headers or {}
-        key = repr(headers.get("id")), repr(headers.get("retries")), hash(run.body)
+        # Same id, same body, and the same copy of it: the one that waited, or was sent
+        # to be tried again, must not be taken for the one that was settled for it.
+        key = (repr(headers.get("id")), repr(headers.get("x-olive-again")),
+               hash(run.body))
         known = self._runs.get(key)
         if known is not None and known.expects(run.redelivered):
             # Our connection was lost while we had it. The work goes on, or is done

@@ -3160,6 +3160,28 @@ def test_connections_closed_by_the_broker(victim, tmp_path):
         assert tally["twice"] == 0, tally
 
 
+def test_a_copy_that_comes_back_is_not_taken_for_its_original(victim):
+    client = Client(victim.url, "copy" + uuid.uuid4().hex[:8])
+    with running(client.config) as app:
+        client.channel.queue_declare("copy.replies", durable=True)
+        eta = datetime.now(timezone.utc) + timedelta(seconds=4)
+        client.send(eta=eta.isoformat(), properties={"reply_to": "copy.replies"})
+        wait_until(lambda: client.count(olive_app.wait_exchange(client.queue, 1)))
+        victim.ctl("close_all_connections", "test")     # the original's channel is gone
+        app.wait_for("reconnected")
+        client.connect()
+        # The copy goes to us first, as we are the more important consumer; we give it
+        # back, and so it reaches the app as redelivered.
+        consumed = client.channel.consume(client.queue, arguments={"x-priority": 9},
+                                          inactivity_timeout=20)
+        method, _, _ = next(consumed)
+        assert method is not None and not method.redelivered
+        client.channel.basic_nack(method.delivery_tag)
+        client.channel.cancel()
+        assert json.loads(client.get("copy.replies")[1])["result"] == 5
+    client.close()
+
+
 def test_a_task_outlasts_the_consumer_timeout(victim, tmp_path):
     drill = Drill(victim.url, tmp_path, "v")
     victim.ctl("eval", "application:set_env(rabbit, consumer_timeout, 2000), "
@@ -3181,8 +3203,8 @@ def test_a_task_outlasts_the_consumer_timeout(victim, tmp_path):
     (0.05, "{}"),
     (0, '{"x-queue-type": "quorum"}')])
 def test_a_message_that_kills_the_app(broker, tmp_path, seconds, arguments):
-    # fewer returns than the app allows, as the waits between them double
-    most = int(os.environ.get("DRILL_RETURNS", 3))
+    # as many returns as the app allows, unless a quicker drill is asked for
+    most = int(os.environ.get("DRILL_RETURNS", 5))
     script = tmp_path / "app.py"
     script.write_text(f"import olive_app\nif __name__ == '__main__':\n"
                       f"    olive_app.MAX_RETURNS = {most}\n    olive_app.main()\n")
@@ -3190,7 +3212,7 @@ def test_a_message_that_kills_the_app(broker, tmp_path, seconds, arguments):
                   OLIVE_QUEUE_ARGUMENTS=arguments)
     drill.send([("work", i, seconds) for i in range(10)] + [("abort", "x")]
                + [("work", i, seconds) for i in range(10, 80)])
-    deaths, deadline = 0, time.monotonic() + 90
+    deaths, deadline = 0, time.monotonic() + 240
     app = App(drill.environ, script=script)
     try:
         while drill.counts()[drill.dead] == 0 or len(set(drill.marks("done"))) < 80:
