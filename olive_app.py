@@ -458,8 +458,6 @@ DROPPED = {"CC", "BCC", "x-death", "x-delivery-count"}
 def _again(properties: pika.BasicProperties, **changes: Any) -> pika.BasicProperties:
     """The properties to publish a message again with, less what would make the broker
     drop, refuse or multiply it, and with some headers changed."""
-    # A copy is not its original: each has a mark of its own, see _decide.
-    changes["x-olive-again"] = uuid.uuid4().hex
     again = copy.copy(properties)
     again.headers = {
         name: value for name, value in (properties.headers or {}).items()
@@ -752,8 +750,7 @@ class OliveOly:
         headers = run.properties.headers or {}
         # Same id, same body, and the same copy of it: the one that waited, or was sent
         # to be tried again, must not be taken for the one that was settled for it.
-        key = (repr(headers.get("id")), repr(headers.get("x-olive-again")),
-               hash(run.body))
+        key = repr(headers.get("id")), run.properties.message_id, hash(run.body)
         known = self._runs.get(key)
         if known is not None and known.expects(run.redelivered):
             # Our connection was lost while we had it. The work goes on, or is done
@@ -970,7 +967,9 @@ class OliveOly:
             key = wait_key(seconds)
         else:
             exchange, key = "", self.config.queue
-        await self._publish(exchange, key, run.body, _again(run.properties, **changes))
+        again = _again(run.properties, **changes)
+        again.message_id = uuid.uuid4().hex     # a copy is not its original: see _decide
+        await self._publish(exchange, key, run.body, again)
         self._settle(run)
 
     async def _returned(self, run: _Run, request: Request) -> None:

@@ -444,8 +444,10 @@ async def _dead_letters(sender: Sender, replay: bool, timeout: float) -> int:
                                   if not str(name).startswith("x-olive-")}
             if "retries" in headers:
                 properties.headers["retries"] = 0
+            again = _again(properties)
+            again.message_id = uuid.uuid4().hex     # not the one that was buried
             await sender.channel.basic_publish(
-                config.exchange, config.routing_key, body, _again(properties))
+                config.exchange, config.routing_key, body, again)
             channel.basic_ack(method.delivery_tag)
         else:
             print(json.dumps({
