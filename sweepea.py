@@ -43,7 +43,8 @@ import traceback
 import types
 from collections import OrderedDict, deque
 from concurrent.futures import Future
-from selectors import EVENT_READ, EVENT_WRITE
+from contextlib import suppress
+from selectors import EVENT_READ, EVENT_WRITE, DefaultSelector
 from typing import Any, Awaitable, Callable, Coroutine, Iterable
 
 import pika
@@ -667,11 +668,15 @@ class Kernel:
         # time, and taken our next turn with it: so always ask for a new one.
         self._turn_at = float("inf")
         self._arm(0)
-        for fd in list(self._files):    # closed by somebody who did not release it: the
-            try:                        # loop must not try to register that again
-                os.fstat(fd)
-            except OSError:
-                self._forget(fd)
+        # A file that was closed without its release has a number that the loop must not
+        # try to register again: it is free now, or that of a file of another kind.
+        with DefaultSelector() as probe:
+            for fd in list(self._files):
+                try:
+                    probe.register(fd, EVENT_READ)
+                except (OSError, ValueError):
+                    del self._files[fd]
+                    self.loop.remove_handler(fd)
         try:
             self.loop.start()
         finally:
@@ -686,18 +691,8 @@ class Kernel:
                     async with ignore_after(SHUTDOWN_GRACE):
                         await task.cancel()
                     if not task.terminated:
-                        self._drop(task)
-
-    def _drop(self, task: Task) -> None:
-        """Give up a task that does not go although it was cancelled."""
-        log.error("%r would not go, and is dropped", task)
-        try:
-            task.coro.close()
-        except RuntimeError:
-            pass    # not even for GeneratorExit
-        if task.cancel_func:
-            task.cancel_func()
-        self._end(task, TaskCancelled("dropped"))
+                        log.error("%r would not go, and is dropped", task)
+                        del self._tasks[task.id]
 
     # -- the turn ----------------------------------------------------------------------
 
@@ -712,16 +707,10 @@ class Kernel:
                 self.loop.remove_timeout(self._turn_handle)
             self._turn_at = when
             self._turn_handle = self.loop.call_later(
-                max(0, when - time.monotonic()), self._on_timer)
-
-    def _on_timer(self) -> None:
-        self._turn_handle = None
-        self._turn()
+                max(0, when - time.monotonic()), self._turn)
 
     def _turn(self) -> None:
-        if self._turn_handle is not None:
-            self.loop.remove_timeout(self._turn_handle)
-            self._turn_handle = None
+        self._turn_handle = None
         self._turn_at = float("-inf")       # no need to arm anything while we are here
         ready, traps = self._ready, self._traps
         began = now = time.monotonic()
@@ -730,8 +719,6 @@ class Kernel:
             while ready:
                 for _ in range(len(ready)):
                     task = self._current = ready.popleft()
-                    if task.terminated:
-                        continue    # dropped, see _drop
                     task.state = "RUNNING"
                     task.cycles += 1
                     answer, task._trap_result = task._trap_result, None
@@ -803,7 +790,7 @@ class Kernel:
         task.terminated = True
         task.state = "TERMINATED"
         task.timeout = None
-        del self._tasks[task.id]
+        self._tasks.pop(task.id, None)      # (it is not there if it was dropped)
         if task.joining is not None:
             self._trap_sched_wake(task.joining, len(task.joining))
         if isinstance(exc, StopIteration):
@@ -901,20 +888,17 @@ class Kernel:
         return earlier
 
     def _trap_unset_timeout(self, earlier):
-        # The evil corner: the earlier deadline may have passed as well. It must not be
-        # raised here, where the inner block is still being left, but at the next trap
-        # that waits; set anew it comes up at once and does just that. And if it has not
-        # passed, a TaskTimeout that could not be delivered was meant for the block that
-        # is being left: it is dropped.
-        task, now = self._current, time.monotonic()
-        if earlier is None:
-            task.timeout = None
-        elif earlier != task.timeout:
+        # A TaskTimeout that could not be delivered was meant for the block that is being
+        # left: it is dropped. The evil corner: the earlier deadline may have passed as
+        # well. It must not be raised here, where the inner block is still being left,
+        # but at the next trap that waits; set anew it comes up and does just that.
+        task = self._current
+        if isinstance(task.cancel_pending, TaskTimeout):
+            task.cancel_pending = None
+        task.timeout = None
+        if earlier is not None:
             self._set_timer(task, "timeout", earlier)
-        if earlier is None or earlier > now:
-            if isinstance(task.cancel_pending, TaskTimeout):
-                task.cancel_pending = None
-        return now
+        return time.monotonic()
 
     # -- files -------------------------------------------------------------------------
     #
@@ -925,41 +909,26 @@ class Kernel:
     # waiting for it must not take the entry of the next owner away (`_unwatch` looks
     # first).
 
-    def _watch(self, fd: int, event: int, task: Task) -> None:
-        waits = self._files.setdefault(fd, {})
-        if event in waits:
-            busy = ReadResourceBusy if event == EVENT_READ else WriteResourceBusy
-            raise busy(f"another task waits for the same of file {fd}")
+    def _watch(self, fd: int, event: int, task: Task | None) -> None:
+        """Note who waits for it, or nobody any more, and tell pika's loop."""
+        waits, loop = self._files.setdefault(fd, {}), self.loop
+        if waits:
+            with suppress(OSError, ValueError):     # closed: the poll forgot it before
+                loop.remove_handler(fd)
         waits[event] = task
-        try:
-            if len(waits) == 1:
-                self.loop.add_handler(fd, self._on_io, self._mask(waits))
-            else:
-                self.loop.update_handler(fd, self._mask(waits))
-        except (OSError, ValueError):   # closed, or no file that can be waited for
-            self._unwatch(fd, event, task)
-            raise
+        if task is None:
+            del waits[event]
+        if not waits:
+            del self._files[fd]
+            return
+        loop.add_handler(fd, self._on_io, loop.ERROR    # (an error ends every wait)
+                         | (loop.READ if EVENT_READ in waits else 0)
+                         | (loop.WRITE if EVENT_WRITE in waits else 0))
 
     def _unwatch(self, fd: int, event: int, task: Task) -> None:
-        waits = self._files.get(fd, {})
-        if waits.get(event) is task:
-            del waits[event]
-            try:
-                if waits:
-                    self.loop.update_handler(fd, self._mask(waits))
-                else:
-                    self._forget(fd)
-            except (OSError, ValueError):
-                pass    # closed before it was forgotten: the poll forgot it first
-
-    def _mask(self, waits: dict[int, Task]) -> int:
-        loop = self.loop    # (errors are asked for always, as they end a wait)
-        return loop.ERROR | sum((loop.READ, loop.WRITE)[event == EVENT_WRITE]
-                                for event in waits)
-
-    def _forget(self, fd: int) -> None:
-        del self._files[fd]
-        self.loop.remove_handler(fd)
+        if self._files.get(fd, {}).get(event) is task:
+            with suppress(OSError, ValueError):
+                self._watch(fd, event, None)
 
     def _on_io(self, fd: int, events: int) -> None:
         # An error or a hang-up wakes both sides: their next read or write will show it.
@@ -971,9 +940,13 @@ class Kernel:
 
     def _trap_io(self, fileobj, event, state):
         fd, task = self._number(fileobj), self._current
+        if event in self._files.get(fd, {}):
+            busy = ReadResourceBusy if event == EVENT_READ else WriteResourceBusy
+            return busy(f"another task waits for the same of file {fd}")
         try:
             self._watch(fd, event, task)
-        except (ResourceBusy, OSError, ValueError) as exc:
+        except (OSError, ValueError) as exc:    # closed, or nothing to be waited for
+            self._unwatch(fd, event, task)
             return exc
         return self._suspend(state, lambda: self._unwatch(fd, event, task))
 
@@ -1009,14 +982,12 @@ class Kernel:
 
     def _on_wake(self) -> None:
         self._waking = False
-        self._turn_at = float("-inf")       # the turn is not armed but taken at once
         while self._woken:
             task, future = self._woken.popleft()
             # A task that was cancelled may wait for another future by now.
             if task.future is future:
                 task.future = None
                 self._schedule(task)
-        self._turn()
 
     def _trap_future_wait(self, future, event):
         task = self._current
@@ -1148,8 +1119,9 @@ class Connection(_Closable):
         self.pika.add_on_connection_unblocked_callback(self._on_unblocked)
         try:
             await _future_wait(opened)
-        except CancelledError:
-            # pika trips over a close() in the midst of its handshake, so it has to end
+        except BaseException:
+            # Cancelled. pika trips over a close() in the midst of its handshake; so that
+            # has to end (pika waits 15 s at most).
             self.pika.add_on_open_callback(lambda connection: connection.close())
             raise
 
