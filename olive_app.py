@@ -127,10 +127,11 @@ class OliveAppConfig:
                   f"must be a whole number from 1 to {most}, not {value!r}")
         for name in "task_timeout", "grace":
             value = getattr(self, name)
-            least = 0 if name == "grace" else 1e-9
-            check(isinstance(value, (int, float)) and least <= value < 1e9
+            least = "at least" if name == "grace" else "above"
+            check(isinstance(value, (int, float)) and 0 <= value < 1e9
+                  and (value > 0 or name == "grace")
                   or value is None and name == "task_timeout",
-                  name, f"must be a number of seconds, not {value!r}")
+                  name, f"must be a number of seconds {least} 0, not {value!r}")
         check(self.log_level in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
               "log_level", "must be DEBUG, INFO, WARNING, ERROR or CRITICAL")
         folder = os.path.dirname(self.trace) or "."
@@ -363,11 +364,13 @@ async def _perform(name: str, ident: str, ids: dict, body: bytes,
     except BaseException as exc:    # SystemExit and KeyboardInterrupt as well
         if embed is None:
             return _failure("unsupported" if isinstance(exc, Unsupported)
-                            else "malformed", exc)
+                            else "malformed", exc.with_traceback(None))
         if on_kernel and isinstance(exc, CancelledError) and (
                 await current_task()).cancelled:
             raise                   # it was the app that wanted the end
-        return _failure("failed", exc, embed, ident, ids)
+        # (the first frame is the one above; the task begins with the next)
+        return _failure("failed", exc.with_traceback(exc.__traceback__.tb_next), embed,
+                        ident, ids)
 
 
 def _execute(*call) -> tuple:
@@ -601,12 +604,13 @@ class OliveOly:
         if self.config.trace:
             self._trace = open(self.config.trace, "w")
             print("[", file=self._trace)
-        try:
-            load_tasks(self.config.tasks)
-        except (Exception, SystemExit) as exc:
-            where = traceback.extract_tb(exc.__traceback__)[-1]
-            fail(f"OLIVE_TASKS: {', '.join(self.config.tasks)}: {type(exc).__name__}: "
-                 f"{exc} ({where.filename}:{where.lineno})", 2)
+        for module in self.config.tasks:
+            try:
+                load_tasks((module,))
+            except (Exception, SystemExit) as exc:
+                where = traceback.extract_tb(exc.__traceback__)[-1]
+                fail(f"OLIVE_TASKS: {module}: {type(exc).__name__}: {exc} "
+                     f"({where.filename}:{where.lineno})", 2)
 
     # -- starting and stopping ---------------------------------------------------------
 
@@ -685,8 +689,12 @@ class OliveOly:
             await self._link.run()
         except AMQPError as exc:
             what = describe(exc)
-            if isinstance(exc, ChannelClosedByBroker):
+            if not isinstance(exc, ChannelClosedByBroker):
+                what += " (check OLIVE_URL)"
+            elif f"queue '{self.config.queue}'" in what:
                 what += " (delete it, or set OLIVE_QUEUE_ARGUMENTS as it was declared)"
+            else:
+                what += " (delete it, or choose another name)"
             log.error("the broker refuses us: %s", what)
             self.stop(1)
 
@@ -884,7 +892,7 @@ class OliveOly:
         except Exception as exc:        # a child that cannot import the modules, say
             return _failure("failed", exc)
         if expired:
-            if self._threads.abandoned >= self.config.threads:
+            if len(self._threads.abandoned) >= self.config.threads:
                 log.error("every thread hangs in a task that does not end: stopping, "
                           "to be started afresh")
                 self.stop(1)
@@ -968,7 +976,7 @@ class OliveOly:
         else:
             exchange, key = "", self.config.queue
         again = _again(run.properties, **changes)
-        again.message_id = uuid.uuid4().hex     # a copy is not its original: see _decide
+        again.message_id = uuid.uuid4().hex     # not its original: see _decide
         await self._publish(exchange, key, run.body, again)
         self._settle(run)
 
@@ -1041,8 +1049,9 @@ def main(argv: list[str] | None = None) -> None:
         if options.demo:
             olive_utils.demo(config)
             return
+        print("starting a RabbitMQ of our own ...", file=sys.stderr)
         with olive_utils.private_broker(5672) as broker:
-            print(f"a RabbitMQ of our own listens on {broker.port}; it goes when we go",
+            print(f"it listens on port {broker.port}, and goes when we go",
                   file=sys.stderr)
             OliveOly(replace(config, url=broker.url)).start()
     except olive_utils.BrokerError as exc:

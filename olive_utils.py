@@ -260,7 +260,8 @@ class Sender:
                    "eta": eta and eta.isoformat(), "timelimit": [time_limit, None],
                    "expires": expires and expires.isoformat()}
         body = json.dumps([list(args), dict(kwargs or {}), {
-            "callbacks": None, "errbacks": None, "chain": None, "chord": None}])
+            "callbacks": None, "errbacks": None, "chain": None, "chord": None}],
+            allow_nan=False)
         await self.channel.basic_publish(
             self.config.exchange, self.config.routing_key, body.encode(),
             pika.BasicProperties(
@@ -408,7 +409,7 @@ async def _send_many(sender: Sender, options: argparse.Namespace, args, kwargs) 
         else:
             failed += 1
             error = TaskFailed(reply)
-            print(f"{error.traceback}\n{error}".strip(), file=sys.stderr)
+            print(error.traceback.strip() or error, file=sys.stderr)
         if count > 1 and time.monotonic() - said > 0.2:
             said = time.monotonic()
             print(f"{len(latencies)} of {count}", file=sys.stderr,
@@ -461,15 +462,18 @@ async def _dead_letters(sender: Sender, replay: bool, timeout: float) -> int:
 
 def _value(text: str) -> Any:
     try:
-        return json.loads(text)
-    except ValueError:
+        value = json.loads(text)
+        json.dumps(value, allow_nan=False)
+        return value
+    except (ValueError, RecursionError):
         return text
 
 
 def _seconds(text: str) -> float:
-    if not 0 <= (value := float(text)) < 1e9:
-        raise ValueError
-    return value
+    with suppress(ValueError):
+        if 0 <= (value := float(text)) < 1e9:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -502,6 +506,8 @@ def main(argv: list[str] | None = None) -> None:
     if (options.dead or options.replay) and options.task or (
             options.dead and options.replay):
         parser.error("--dead and --replay stand alone")
+    if options.task == "":
+        parser.error("TASK is empty")
     if options.task is None:
         options.task, options.args = "add", ["2", "3"]
     args, kwargs = [], {}
@@ -525,15 +531,22 @@ def main(argv: list[str] | None = None) -> None:
             await sender.connection.close()
 
     try:
-        raise SystemExit(sweepea.run(run))
+        status = sweepea.run(run)
+        sys.stdout.flush()
+        raise SystemExit(status)
     except UnroutableError:
         olive_app.fail(f"no queue is bound to {config.exchange} with the key "
                        f"{config.routing_key}: does the app run?", 4)
+    except sweepea.REFUSED as exc:
+        olive_app.fail(f"the broker refuses us: {describe(exc)} (check OLIVE_URL)", 4)
     except AMQPError as exc:
         olive_app.fail(f"no broker, or not as expected: {describe(exc)}. Start the app "
                        f"(python olive_app.py --with-broker), or set OLIVE_URL", 4)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except BrokenPipeError:     # `| head` has read enough; the rest must not be flushed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

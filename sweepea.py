@@ -888,10 +888,10 @@ class Kernel:
         return earlier
 
     def _trap_unset_timeout(self, earlier):
-        # A TaskTimeout that could not be delivered was meant for the block that is being
-        # left: it is dropped. The evil corner: the earlier deadline may have passed as
-        # well. It must not be raised here, where the inner block is still being left,
-        # but at the next trap that waits; set anew it comes up and does just that.
+        # A TaskTimeout that could not be delivered was meant for the block that is
+        # being left: it is dropped. The evil corner: the earlier deadline may have
+        # passed as well. It must not be raised here, where the inner block is still
+        # being left, but at the next trap that waits; set anew it does just that.
         task = self._current
         if isinstance(task.cancel_pending, TaskTimeout):
             task.cancel_pending = None
@@ -1120,8 +1120,8 @@ class Connection(_Closable):
         try:
             await _future_wait(opened)
         except BaseException:
-            # Cancelled. pika trips over a close() in the midst of its handshake; so that
-            # has to end (pika waits 15 s at most).
+            # Cancelled. pika trips over a close() in the midst of its handshake, so
+            # that has to end first (pika gives it 15 s at most).
             self.pika.add_on_open_callback(lambda connection: connection.close())
             raise
 
@@ -1395,16 +1395,19 @@ class _Job:
         self.pool.jobs.put(self)
 
     def cancel(self) -> None:
+        self.pool.abandoned.add(self)   # before the thread can look whether it is there
         if self.draw() == "end":
             self.pool.abandon(self)
+        else:
+            self.pool.abandoned.discard(self)
 
 
 class ThreadPool:
-    """The threads of a kernel; `abandoned` of them are lost in endless calls."""
+    """The threads of a kernel; calls in `abandoned` run on though nobody waits."""
 
     def __init__(self, kernel: Kernel, size: int) -> None:
         self.size = size
-        self.abandoned = 0
+        self.abandoned: set[_Job] = set()
         self.jobs: queue.SimpleQueue = queue.SimpleQueue()
         self.slots = Semaphore(size)
         self._threads = 0
@@ -1434,16 +1437,15 @@ class ThreadPool:
             except BaseException as exc:
                 job.error = exc
             if job.draw() != "end":
-                self.abandoned -= 1     # back after all, but its place was taken
+                self.abandoned.discard(job)     # back after all; its place was taken
                 return
             job.callback(job)
             del job                     # hold on to nothing while waiting
 
     def abandon(self, job: _Job) -> None:
         self._threads -= 1
-        self.abandoned += 1
-        log.warning("a thread was abandoned in %s, which does not end (%d of %d)",
-                    getattr(job.func, "__qualname__", job.func), self.abandoned,
+        log.warning("a thread was abandoned in %s, which still runs (%d of %d)",
+                    getattr(job.func, "__qualname__", job.func), len(self.abandoned),
                     self.size)
 
     def shutdown(self) -> None:
@@ -1515,7 +1517,7 @@ class ProcessPool:
         ours.setblocking(False)
         process = multiprocessing.get_context("spawn").Process(
             target=_process_main, args=(theirs,), daemon=True)
-        # The child is born with the signals blocked that it will ignore in a moment.
+        # The child is born with the signals blocked that mean nothing to it later on.
         resource_tracker.ensure_running()
         mask = signal.pthread_sigmask(
             signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
@@ -1539,7 +1541,6 @@ class ProcessPool:
             ok, answer = pickle.loads(await _receive(sock))
         except BaseException as exc:
             # Cancelled, dead or speaking nonsense: whatever it is, it is over.
-            await _io_release(sock)
             sock.close()
             try:
                 if isinstance(exc, OSError):
@@ -1560,7 +1561,8 @@ class ProcessPool:
         process.kill()
         process.join()
         code = process.exitcode
-        return WorkerLost(f"worker process died of {signal.Signals(-code).name}"
+        names = {-known: known.name for known in signal.Signals}
+        return WorkerLost(f"worker process died of {names.get(code, f'signal {-code}')}"
                           if code < 0 else f"worker process left with exit code {code}")
 
     def shutdown(self) -> None:
