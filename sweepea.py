@@ -594,7 +594,9 @@ class Kernel:
         self._ready: deque[Task] = deque()
         self._timers: list[tuple[float, int, str]] = []     # (clock, task id, kind)
         self._sweep_at = 1000                               # see _set_timer
-        self._files: dict[int, dict[int, Task]] = {}        # see _watch
+        # number -> (whose it is, what the loop watches it for, event -> task)
+        self._files: dict[int, tuple[object, int, dict[int, Task]]] = {}
+        self._idle: list[int] = []                          # see _watch
         self._woken: deque = deque()                        # see _wake
         self._waking = False
         self._current: Task | None = None
@@ -758,6 +760,10 @@ class Kernel:
         finally:
             self._current = None
             self._turn_at = float("inf")
+            while self._idle:
+                fd = self._idle.pop()
+                with suppress(KeyError, OSError, ValueError):   # released, or closed
+                    self._watch(fd, self._files[fd][0])
             if self._main is None or self._main.terminated:
                 self.loop.stop()
             elif self._ready:
@@ -904,59 +910,69 @@ class Kernel:
     #
     # pika's loop knows a file by its number and calls one handler for it; here one task
     # may wait to read from it and another one to write to it, so there is a little
-    # table per number. An entry lasts for one wait. Numbers are used again as soon as a
-    # file is closed, therefore a file has to be released before; and whoever was left
-    # waiting for it must not take the entry of the next owner away (`_unwatch` looks
-    # first).
+    # table per number. A wait lasts for one event. But whoever was woken by a file
+    # mostly waits for it again in the turn that follows, and it takes two system calls
+    # to have a file forgotten and watched again. So the loop goes on watching it until
+    # the end of that turn (`_idle`).
+    #
+    # Numbers are used again as soon as a file is closed. Therefore a file has to be
+    # released before, the loop watches a number for one owner only, and whoever was
+    # left waiting must not take the place of the next owner away (`_unwatch` looks).
 
-    def _watch(self, fd: int, event: int, task: Task | None) -> None:
-        """Note who waits for it, or nobody any more, and tell pika's loop."""
-        waits, loop = self._files.setdefault(fd, {}), self.loop
-        if waits:
+    def _watch(self, fd: int, owner: object) -> None:
+        """Have pika's loop watch a file for what is waited for, or forget it."""
+        loop, (watched_for, before, waits) = self.loop, self._files[fd]
+        mask = sum((loop.READ, loop.WRITE)[event == EVENT_WRITE] for event in waits)
+        if mask == before and owner is watched_for:
+            return
+        if before:
             with suppress(OSError, ValueError):     # closed: the poll forgot it before
                 loop.remove_handler(fd)
-        waits[event] = task
-        if task is None:
-            del waits[event]
-        if not waits:
+        if mask:
+            self._files[fd] = owner, mask, waits
+            loop.add_handler(fd, self._on_io, mask | loop.ERROR)
+        else:
             del self._files[fd]
-            return
-        loop.add_handler(fd, self._on_io, loop.ERROR    # (an error ends every wait)
-                         | (loop.READ if EVENT_READ in waits else 0)
-                         | (loop.WRITE if EVENT_WRITE in waits else 0))
 
     def _unwatch(self, fd: int, event: int, task: Task) -> None:
-        if self._files.get(fd, {}).get(event) is task:
+        owner, _, waits = self._files.get(fd, (None, 0, {}))
+        if waits.get(event) is task:
+            del waits[event]
             with suppress(OSError, ValueError):
-                self._watch(fd, event, None)
+                self._watch(fd, owner)
 
     def _on_io(self, fd: int, events: int) -> None:
         # An error or a hang-up wakes both sides: their next read or write will show it.
         others = {EVENT_READ: self.loop.WRITE, EVENT_WRITE: self.loop.READ}
-        for event, task in list(self._files.get(fd, {}).items()):
+        waits = self._files[fd][2]
+        for event in list(waits):
             if events & ~others[event]:
-                self._unwatch(fd, event, task)
-                self._schedule(task)
+                self._schedule(waits.pop(event))
+        self._idle.append(fd)
 
     def _trap_io(self, fileobj, event, state):
         fd, task = self._number(fileobj), self._current
-        if event in self._files.get(fd, {}):
+        # (a mere number does not tell whose it is: it counts as a new owner each time)
+        owner = object() if isinstance(fileobj, int) else fileobj
+        waits = self._files.setdefault(fd, (owner, 0, {}))[2]
+        if event in waits:
             busy = ReadResourceBusy if event == EVENT_READ else WriteResourceBusy
             return busy(f"another task waits for the same of file {fd}")
+        waits[event] = task
         try:
-            self._watch(fd, event, task)
+            self._watch(fd, owner)
         except (OSError, ValueError) as exc:    # closed, or nothing to be waited for
             self._unwatch(fd, event, task)
             return exc
         return self._suspend(state, lambda: self._unwatch(fd, event, task))
 
     def _trap_io_release(self, fileobj):
-        fd = self._number(fileobj)
-        for event, task in list(self._files.get(fd, {}).items()):
-            self._unwatch(fd, event, task)
+        if (fd := self._number(fileobj)) in self._files:
+            self._files[fd][2].clear()
+            self._watch(fd, None)
 
     def _trap_io_waiting(self, fileobj):
-        waits = self._files.get(self._number(fileobj), {})
+        waits = self._files.get(self._number(fileobj), (None, 0, {}))[2]
         return waits.get(EVENT_READ), waits.get(EVENT_WRITE)
 
     def _number(self, fileobj) -> int:
