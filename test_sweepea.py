@@ -1157,7 +1157,8 @@ async def test_a_task_that_reads_in_a_loop_gets_it_all(pair):
     for n in range(1000):
         await sweepea._send(pair[1], bytes([n % 256]))
     assert await task.join() == bytes(n % 256 for n in range(1000))
-    assert not (await trap("trap_get_kernel"))._files
+    kernel = await trap("trap_get_kernel")
+    await until(lambda: not kernel._files)      # at the end of the turn
 
 
 @on_kernel
@@ -2848,7 +2849,8 @@ def test_the_port_of_a_broker_of_ones_own_is_in_use():
             pass        # somebody else has it
         app = App({}, "--with-broker")
         assert app.wait() == 1
-    assert app.log.startswith("olive: port 5672 is in use") and len(app.lines) == 1
+    assert app.lines[-1].startswith("olive: port 5672 is in use")
+    assert len(app.lines) == 2, app.log
 
 
 def test_the_demo(client):
@@ -3090,9 +3092,9 @@ class Drill:
             assert "Traceback" not in app.log and "Task Crash" not in app.log, app.log
         tally = self.tally()
         # What has come back is a second copy of what is done, if the stop came first.
-        left = [properties.correlation_id for properties, _ in self.drain(self.queue)]
-        done = set(self.marks("done"))
-        assert all(ident.partition("-")[2] in done for ident in left), (tally, left)
+        left = {properties.correlation_id.partition("-")[2]
+                for properties, _ in self.drain(self.queue)} & sent
+        assert left <= set(self.marks("done")), (tally, left)
         assert tally["lost"] == 0 and tally["dead"] == dead, (tally, left)
         return tally
 
@@ -3703,8 +3705,8 @@ def test_a_long_task_starves_no_heartbeat(victim, tmp_path):
 # -- back-pressure --------------------------------------------------------------------
 
 def test_a_memory_alarm(victim, tmp_path):
-    drill = Drill(victim.url, tmp_path, "v", OLIVE_GRACE="2")
-    drill.send([("work", i, 0.4) for i in range(320)])
+    drill = Drill(victim.url, tmp_path, "v", OLIVE_GRACE="2", OLIVE_PREFETCH="20")
+    drill.send([("work", i, 0.4) for i in range(500)])
     try:
         with running(drill.environ) as app:
             wait_until(lambda: drill.marks("done"))
@@ -3715,7 +3717,7 @@ def test_a_memory_alarm(victim, tmp_path):
             done = len(drill.marks("done"))
             victim.ctl("set_vm_memory_high_watermark", "0.4")
             app.wait_for("lifted the block")
-            wait_until(lambda: len(drill.marks("done")) > done + 80)    # by itself
+            wait_until(lambda: len(drill.marks("done")) > done + 20)    # by itself
             victim.ctl("set_vm_memory_high_watermark", "absolute", "1MB")
             app.wait_for("the broker has blocked the connection", count=2)
             began = time.monotonic()
