@@ -59,7 +59,8 @@ MAX_ERROR, MAX_TRACEBACK = 1_000, 16_000    # characters, of what the dead queue
 MODULES = {"NotRegistered": "celery.exceptions",
            "WorkerLostError": "billiard.exceptions",
            "TimeLimitExceeded": "billiard.exceptions"}
-MAX_RETURNS = 5                 # how often a message may come back before it is suspect
+MAX_RETURNS = 5                 # how often a message may come back, and be tried again
+SUSPECT = 3                     # having come back so often it is worked alone
 LADDER = 17                     # rungs of the ladder of wait queues: 1 s ... 65,536 s
 
 
@@ -488,6 +489,11 @@ def _shown(text: Any) -> str:
     return repr(text)[:200]
 
 
+def suspects(queue: str) -> str:
+    """The name of the queue of those that may have killed the app."""
+    return f"{queue}.suspects"
+
+
 def wait_exchange(queue: str, rung: int) -> str:
     """The name of a rung of the ladder: its exchange, and its queue too."""
     return f"{queue}.wait.{rung}"
@@ -509,7 +515,7 @@ def wait_key(seconds: float) -> str:
 #
 # Quorum queues with the strategy at-least-once confirm each hop inside the broker.
 async def declare_topology(channel: sweepea.Channel, config: OliveAppConfig) -> None:
-    """Declare exchange, queue, dead queue and ladder; harmless if they are there.
+    """Declare exchange, queues and ladder; harmless if they are there.
 
     Raises pika's ChannelClosedByBroker if one is there with other arguments.
     """
@@ -536,9 +542,11 @@ async def declare_topology(channel: sweepea.Channel, config: OliveAppConfig) -> 
         else:
             declare.exchange_bind(below, name, f"{before}0.#")
     # What is dead has to survive what the queue survives: it is of the same type.
-    await channel.call("queue_declare", config.dead_queue, durable=True, arguments={
-        key: value for key, value in config.queue_arguments.items()
-        if key == "x-queue-type"})
+    alike = {key: value for key, value in config.queue_arguments.items()
+             if key == "x-queue-type"}
+    declare.queue_declare(suspects(queue), durable=True, arguments=alike)
+    await channel.call("queue_declare", config.dead_queue, durable=True,
+                       arguments=alike)
 
 
 # =====================================================================================
@@ -548,6 +556,7 @@ async def declare_topology(channel: sweepea.Channel, config: OliveAppConfig) -> 
 #       |
 #       +-- came back to us, and we have it in hand ------------> settle (below)
 #       +-- came back, not in hand: may have killed us ---------> sent again, counted
+#       +-- came back three times ------------------------------> queue of suspects
 #       +-- makes no sense, unknown, failed for good -----------> dead queue
 #       +-- eta in the future, or failed and to be retried -----> ladder of wait queues
 #       +-- done -----------------------------------------------> next steps, if any
@@ -565,12 +574,13 @@ class _Run:
 
     def __init__(self, channel: sweepea.Channel, method, properties, body) -> None:
         self.deliver(channel, method.delivery_tag)
-        self.redelivered = self.suspect = method.redelivered
+        self.redelivered, self.came_by = method.redelivered, method.routing_key
         self.properties, self.body = properties, body
         self.task: sweepea.Task | None = None
         self.name = "?"
         self.started = False            # a stop waits for it
         self.given_back = False         # a stop did not
+        self.leaving = False            # it may kill us, and is being sent elsewhere
         self.done = False
         self.acked = False              # said on an open channel; it may still be lost
         self.reply: bytes | None = None
@@ -594,11 +604,12 @@ class OliveOly:
         self._stop = Event()
         self._status = 0
         self._signals = 0
-        self._consumer: tuple | None = None             # (channel, consumer tag)
+        self._consumers: list[tuple] = []               # (channel, consumer tag)
         self._in_hand: set[_Run] = set()
         self._runs: dict[tuple, _Run] = {}              # in hand, or done a while ago
-        self._done: deque[tuple] = deque()              # those done, oldest first
-        self._suspect: _Run | None = None               # see _alone
+        # those done, oldest first; apart from them those not acknowledged, since these
+        # will come back for sure, and must not be pushed out
+        self._done: dict[bool, deque[tuple]] = {True: deque(), False: deque()}
         self._settling = Semaphore(1)                   # see _settle_again
         self._trace = None
         if self.config.trace:
@@ -700,8 +711,7 @@ class OliveOly:
 
     async def _finish(self) -> None:
         """Take no more; give back what has not started; wait for what runs."""
-        if self._consumer and self._consumer[0].closed is None:
-            channel, tag = self._consumer
+        for channel, tag in self._consumers:
             try:
                 await channel.call("basic_cancel", tag)
             except AMQPError:
@@ -718,7 +728,7 @@ class OliveOly:
     async def _on_connect(self, connection, channel: sweepea.Channel) -> None:
         config = self.config
         await declare_topology(channel, config)
-        await channel.call("basic_qos", prefetch_count=config.prefetch)
+        self._consumers = []
 
         def on_message(_channel, method, properties, body) -> None:
             if not self._stop.is_set():     # else it goes back when we go
@@ -727,12 +737,16 @@ class OliveOly:
                 run.task = self._kernel._spawn(self._live(run))
                 run.task.daemon = True
 
-        if not self._stop.is_set():
-            frame = await channel.call("basic_consume", config.queue, on_message)
-            self._consumer = channel, frame.method.consumer_tag
-            if not self._link.ever_up:
-                log.info("waiting for tasks in %s: %s", config.queue,
-                         ", ".join(sorted(TASKS)))
+        # One suspect at a time: the others stay in their queue, so that they are not
+        # counted with the one that kills the app.
+        for queue, most in (suspects(config.queue), 1), (config.queue, config.prefetch):
+            if not self._stop.is_set():
+                await channel.call("basic_qos", prefetch_count=most)
+                frame = await channel.call("basic_consume", queue, on_message)
+                self._consumers.append((channel, frame.method.consumer_tag))
+        if not self._link.ever_up:
+            log.info("waiting for tasks in %s: %s", config.queue,
+                     ", ".join(sorted(TASKS)))
 
     # -- the life of a message ---------------------------------------------------------
 
@@ -771,16 +785,15 @@ class OliveOly:
         try:
             await self._work(run)
         finally:
-            if self._suspect is run:
-                self._suspect = None
             if not run.done:
                 if self._runs.get(key) is run:
                     del self._runs[key]
             else:
                 run.body = b""      # only the reply may be needed again
-                self._done.append((key, run))
-                if len(self._done) > self.config.prefetch:
-                    key, run = self._done.popleft()
+                kept = self._done[run.acked]
+                kept.append((key, run))
+                if len(kept) > self.config.prefetch:
+                    key, run = kept.popleft()
                     if self._runs.get(key) is run:
                         del self._runs[key]
 
@@ -794,9 +807,12 @@ class OliveOly:
         if run.redelivered:
             await self._returned(run, request)
             return
-        if request.returns > 1 and not await self._alone(run):
-            await self._wait(run, random.uniform(1, 8))
+        if request.returns >= SUSPECT and run.came_by != suspects(self.config.queue):
+            run.leaving = True
+            await self._move(run, "", suspects(self.config.queue))
             return
+        if request.returns:
+            await self._others_gone(run)
         now = datetime.now(timezone.utc)
         if request.expires and now > request.expires:
             run.reply = self._error_reply(request, "REVOKED", (
@@ -810,13 +826,13 @@ class OliveOly:
                 return
             if wait > 0:
                 await sleep(wait)
-                if run.given_back:  # woken and cancelled in the same turn
-                    return
         if request.name not in TASKS:
             await self._bury(run, _failure("unknown-task", NotRegistered(request.name)),
                              request)
             return
         registered = TASKS[request.name]
+        if run.given_back:      # woken and cancelled in the same turn
+            return
         reason, answer, following = await self._run(run, request, registered)
         run.started = True
         log.debug("%s: %s", run.name, reason)
@@ -842,23 +858,16 @@ class OliveOly:
             await self._publish_following(headers, reply_to, body)
         await self._bury(run, (reason, answer, []), request)
 
-    async def _alone(self, run: _Run) -> bool:
-        """Whether it is the only suspect here, once the others are out of the way.
+    async def _others_gone(self, run: _Run) -> None:
+        """Wait until those that leave are acknowledged, as it may be this one's end.
 
-        What came back twice is worked alone, and other suspects step aside uncounted.
-        If it then kills the app, no innocent neighbour is counted with it.
+        If it kills us, they must not come back, to be counted with it. One of them may
+        be what this one is a copy of; then there would be two that kill us.
         """
-        run.suspect = True
-        if self._suspect is not None:
-            return False
-        self._suspect = run
-        while True:
-            # Those who have stepped aside are acknowledged, but that may still lie in
-            # pika's buffer, and would be lost with us: after a round trip it is not.
-            await self._round_trip(run)
-            if not any(other.suspect and other is not run for other in self._in_hand):
-                return True
+        while any(other.leaving for other in self._in_hand):
             await sleep(0.01)
+        # what was acknowledged may still lie in pika's buffer; after a round trip not
+        await self._round_trip(run)
 
     async def _run(self, run: _Run, request: Request, registered: OliveTask) -> tuple:
         """Run the task where it belongs; return its outcome."""
@@ -969,12 +978,15 @@ class OliveOly:
 
     async def _wait(self, run: _Run, seconds: float, **changes: Any) -> None:
         """Let it wait in the ladder, with some headers changed."""
-        run.started = True
         if seconds >= 1:
-            exchange = wait_exchange(self.config.queue, LADDER - 1)
-            key = wait_key(seconds)
+            ladder = wait_exchange(self.config.queue, LADDER - 1)
+            await self._move(run, ladder, wait_key(seconds), **changes)
         else:
-            exchange, key = "", self.config.queue
+            await self._move(run, "", self.config.queue, **changes)
+
+    async def _move(self, run: _Run, exchange: str, key: str, **changes: Any) -> None:
+        """Put it into another queue, with some headers changed, and acknowledge."""
+        run.started = True
         again = _again(run.properties, **changes)
         again.message_id = uuid.uuid4().hex     # not its original: see _decide
         await self._publish(exchange, key, run.body, again)
@@ -982,6 +994,7 @@ class OliveOly:
 
     async def _returned(self, run: _Run, request: Request) -> None:
         """Count a message that came back: it may be what killed the one who had it."""
+        run.leaving = True
         if request.returns >= MAX_RETURNS:
             error = RuntimeError(f"came back {request.returns} times: does it kill us?")
             await self._bury(run, _failure("returned", error), request)

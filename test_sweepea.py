@@ -3253,6 +3253,19 @@ def test_a_message_that_kills_the_app(broker, tmp_path, seconds, arguments):
     assert deaths == most + 1
 
 
+@pytest.mark.parametrize("count, seconds", [(20, 0.05), (2000, 0)])
+def test_suspects_are_worked_one_at_a_time_however_many(
+        broker, tmp_path, count, seconds):
+    drill = Drill(broker.url, tmp_path, "s" + uuid.uuid4().hex[:8])
+    drill.send([("work", i, seconds) for i in range(count)], **{"x-olive-returns": 3})
+    with running(drill.environ) as app:
+        drill.finish(app)
+    lines = drill.record.read_text().splitlines()
+    assert len(lines) == 2 * count
+    for start, done in zip(lines[::2], lines[1::2]):
+        assert start.startswith("start") and done == start.replace("start", "done")
+
+
 def test_ten_restarts_bury_nobody(broker, tmp_path):
     drill = Drill(broker.url, tmp_path, "r" + uuid.uuid4().hex[:8], OLIVE_GRACE="5")
     drill.send([("work", i, 0.05) for i in range(800)])
