@@ -1236,6 +1236,19 @@ async def test_a_file_may_be_a_number():
         os.close(fd)
 
 
+def test_a_number_that_now_belongs_to_a_plain_file_does_no_harm(tmp_path):
+    read, write = os.pipe()
+    with Kernel() as kernel:
+        task = kernel.run(waiting, sweepea._read_wait, read)
+        os.close(read)
+        with open(tmp_path / "plain", "w") as plain:    # which no poll takes
+            assert plain.fileno() == read
+            assert kernel.run(sleep, 0) is not None and not task.terminated
+            kernel.run(task.cancel)
+    assert isinstance(task.exception, TaskCancelled)
+    os.close(write)
+
+
 @pytest.mark.parametrize("end", ["reader", "writer"])
 @on_kernel
 async def test_a_hang_up_wakes_the_other_end(end):
