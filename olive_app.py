@@ -60,7 +60,7 @@ MODULES = {"NotRegistered": "celery.exceptions",
            "WorkerLostError": "billiard.exceptions",
            "TimeLimitExceeded": "billiard.exceptions"}
 MAX_RETURNS = 5                 # how often a message may come back, and be tried again
-SUSPECT = 3                     # having come back so often it is worked alone
+SUSPECT = 3                     # from so many on it is worked one at a time
 LADDER = 17                     # rungs of the ladder of wait queues: 1 s ... 65,536 s
 
 
@@ -813,6 +813,8 @@ class OliveOly:
             return
         if request.returns:
             await self._others_gone(run)
+            if run.given_back:  # woken and cancelled in the same turn
+                return
         now = datetime.now(timezone.utc)
         if request.expires and now > request.expires:
             run.reply = self._error_reply(request, "REVOKED", (
@@ -826,13 +828,13 @@ class OliveOly:
                 return
             if wait > 0:
                 await sleep(wait)
+                if run.given_back:  # likewise
+                    return
         if request.name not in TASKS:
             await self._bury(run, _failure("unknown-task", NotRegistered(request.name)),
                              request)
             return
         registered = TASKS[request.name]
-        if run.given_back:      # woken and cancelled in the same turn
-            return
         reason, answer, following = await self._run(run, request, registered)
         run.started = True
         log.debug("%s: %s", run.name, reason)
