@@ -37,6 +37,7 @@ import time
 import traceback
 import uuid
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
@@ -60,7 +61,7 @@ MODULES = {"NotRegistered": "celery.exceptions",
            "WorkerLostError": "billiard.exceptions",
            "TimeLimitExceeded": "billiard.exceptions"}
 MAX_RETURNS = 5                 # how often a message may come back, and be tried again
-SUSPECT = 3                     # from so many on it is worked one at a time
+SUSPECT = 3                     # having come back so often, it is a suspect
 LADDER = 17                     # rungs of the ladder of wait queues: 1 s ... 65,536 s
 
 
@@ -116,7 +117,8 @@ class OliveAppConfig:
                   and 0 < len(value.encode()) <= 240, name,
                   "must have 1 to 240 bytes of printable text")
             check(not value.startswith("amq."), name, "'amq.' belongs to the broker")
-        check(self.dead_queue != self.queue, "dead_queue", "must not be OLIVE_QUEUE")
+        check(self.dead_queue not in (self.queue, suspects(self.queue)), "dead_queue",
+              "must not be OLIVE_QUEUE, nor its queue of suspects")
         check(isinstance(self.queue_arguments, dict), "queue_arguments",
               'must be a JSON object, such as {"x-queue-type": "quorum"}')
         check(self.worker in ("thread", "process"), "worker",
@@ -574,12 +576,13 @@ class _Run:
 
     def __init__(self, channel: sweepea.Channel, method, properties, body) -> None:
         self.deliver(channel, method.delivery_tag)
-        self.redelivered, self.came_by = method.redelivered, method.routing_key
+        self.redelivered = method.redelivered
         self.properties, self.body = properties, body
         self.task: sweepea.Task | None = None
         self.name = "?"
         self.started = False            # a stop waits for it
         self.given_back = False         # a stop did not
+        self.is_suspect = False         # came by the queue of suspects
         self.leaving = False            # it may kill us, and is being sent elsewhere
         self.done = False
         self.acked = False              # said on an open channel; it may still be lost
@@ -608,7 +611,7 @@ class OliveOly:
         self._in_hand: set[_Run] = set()
         self._runs: dict[tuple, _Run] = {}              # in hand, or done a while ago
         # those done, oldest first; apart from them those not acknowledged, since these
-        # will come back for sure, and must not be pushed out
+        # will come back for sure, and must not be pushed out by the others
         self._done: dict[bool, deque[tuple]] = {True: deque(), False: deque()}
         self._settling = Semaphore(1)                   # see _settle_again
         self._trace = None
@@ -721,8 +724,13 @@ class OliveOly:
             if not run.started:
                 run.given_back = True
                 await run.task.cancel(blocking=False)
-                run.channel.basic_nack(run.tag)
+                if not run.is_suspect:
+                    run.channel.basic_nack(run.tag)
         for run in runs:
+            # What is given back counts as come back. Of the suspects it is always the
+            # same one: a few stops would bury it, so it is sent there anew.
+            if run.given_back and run.is_suspect and self._link.up.is_set():
+                await self._move(run, "", suspects(self.config.queue))
             await run.task.wait()
 
     async def _on_connect(self, connection, channel: sweepea.Channel) -> None:
@@ -733,12 +741,14 @@ class OliveOly:
         def on_message(_channel, method, properties, body) -> None:
             if not self._stop.is_set():     # else it goes back when we go
                 run = _Run(channel, method, properties, body)
+                run.is_suspect = method.routing_key == suspects(config.queue)
                 self._in_hand.add(run)
                 run.task = self._kernel._spawn(self._live(run))
                 run.task.daemon = True
 
         # One suspect at a time: the others stay in their queue, so that they are not
-        # counted with the one that kills the app.
+        # counted with the one that kills the app. (They come first, since a round trip
+        # sets the figure for whatever consumer comes next.)
         for queue, most in (suspects(config.queue), 1), (config.queue, config.prefetch):
             if not self._stop.is_set():
                 await channel.call("basic_qos", prefetch_count=most)
@@ -779,6 +789,7 @@ class OliveOly:
             # already; only the delivery is a new one.
             known.deliver(run.channel, run.tag)
             if known.done:
+                run.started = True
                 await self._settle_again(known)
             return
         self._runs[key] = run
@@ -792,7 +803,7 @@ class OliveOly:
                 run.body = b""      # only the reply may be needed again
                 kept = self._done[run.acked]
                 kept.append((key, run))
-                if len(kept) > self.config.prefetch:
+                if len(kept) > self.config.prefetch + 1:    # (and a suspect)
                     key, run = kept.popleft()
                     if self._runs.get(key) is run:
                         del self._runs[key]
@@ -807,7 +818,7 @@ class OliveOly:
         if run.redelivered:
             await self._returned(run, request)
             return
-        if request.returns >= SUSPECT and run.came_by != suspects(self.config.queue):
+        if request.returns >= SUSPECT and not run.is_suspect:
             run.leaving = True
             await self._move(run, "", suspects(self.config.queue))
             return
@@ -861,15 +872,17 @@ class OliveOly:
         await self._bury(run, (reason, answer, []), request)
 
     async def _others_gone(self, run: _Run) -> None:
-        """Wait until those that leave are acknowledged, as it may be this one's end.
+        """Wait until those that leave are acknowledged, as this one may kill us.
 
-        If it kills us, they must not come back, to be counted with it. One of them may
-        be what this one is a copy of; then there would be two that kill us.
+        They must not come back then, to be counted with it. One of them may be what
+        this one is a copy of, and there would be two that kill us.
         """
         while any(other.leaving for other in self._in_hand):
             await sleep(0.01)
-        # what was acknowledged may still lie in pika's buffer; after a round trip not
-        await self._round_trip(run)
+        # What was acknowledged may still lie in pika's buffer; after a round trip not.
+        # (If the connection is lost meanwhile, the work goes on as any other.)
+        with suppress(AMQPError):
+            await self._round_trip(run)
 
     async def _run(self, run: _Run, request: Request, registered: OliveTask) -> tuple:
         """Run the task where it belongs; return its outcome."""
@@ -998,7 +1011,8 @@ class OliveOly:
         """Count a message that came back: it may be what killed the one who had it."""
         run.leaving = True
         if request.returns >= MAX_RETURNS:
-            error = RuntimeError(f"came back {request.returns} times: does it kill us?")
+            error = RuntimeError(
+                f"came back {request.returns + 1} times: does it kill us?")
             await self._bury(run, _failure("returned", error), request)
             return
         await self._wait(run, 2 ** request.returns if request.returns else 0,

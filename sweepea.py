@@ -596,7 +596,7 @@ class Kernel:
         self._sweep_at = 1000                               # see _set_timer
         # number -> (whose it is, what the loop watches it for, event -> task)
         self._files: dict[int, tuple[object, int, dict[int, Task]]] = {}
-        self._idle: list[int] = []                          # see _watch
+        self._idle: list[int] = []      # numbers that woke somebody in this turn
         self._woken: deque = deque()                        # see _wake
         self._waking = False
         self._current: Task | None = None
@@ -671,14 +671,14 @@ class Kernel:
         self._turn_at = float("inf")
         self._arm(0)
         # A file that was closed without its release has a number that the loop must not
-        # try to register again: it is free now, or that of a file of another kind.
+        # try to register again: it is free now, or that of a file that no poll takes.
         with DefaultSelector() as probe:
             for fd in list(self._files):
                 try:
                     probe.register(fd, EVENT_READ)
                 except (OSError, ValueError):
-                    del self._files[fd]
-                    self.loop.remove_handler(fd)
+                    self._files[fd][2].clear()
+                    self._watch(fd, None)
         try:
             self.loop.start()
         finally:
@@ -916,8 +916,9 @@ class Kernel:
     # the end of that turn (`_idle`).
     #
     # Numbers are used again as soon as a file is closed. Therefore a file has to be
-    # released before, the loop watches a number for one owner only, and whoever was
-    # left waiting must not take the place of the next owner away (`_unwatch` looks).
+    # released before, even if nobody waits for it just now; the loop is told anew when
+    # the owner of a number changes; and whoever was left waiting must not take the
+    # place of the next owner away (`_unwatch` looks).
 
     def _watch(self, fd: int, owner: object) -> None:
         """Have pika's loop watch a file for what is waited for, or forget it."""
@@ -926,7 +927,8 @@ class Kernel:
         if mask == before and owner is watched_for:
             return
         if before:
-            with suppress(OSError, ValueError):     # closed: the poll forgot it before
+            # (closed: the poll has forgotten it; a stranger's by now: pika has)
+            with suppress(KeyError, OSError, ValueError):
                 loop.remove_handler(fd)
         if mask:
             self._files[fd] = owner, mask, waits
@@ -952,8 +954,9 @@ class Kernel:
 
     def _trap_io(self, fileobj, event, state):
         fd, task = self._number(fileobj), self._current
-        # (a mere number does not tell whose it is: it counts as a new owner each time)
-        owner = object() if isinstance(fileobj, int) else fileobj
+        # Only a socket is known to keep its file for life; a number, or an object that
+        # may open another file, counts as a new owner each time.
+        owner = fileobj if isinstance(fileobj, socket.socket) else object()
         waits = self._files.setdefault(fd, (owner, 0, {}))[2]
         if event in waits:
             busy = ReadResourceBusy if event == EVENT_READ else WriteResourceBusy
@@ -1136,8 +1139,8 @@ class Connection(_Closable):
         try:
             await _future_wait(opened)
         except BaseException:
-            # Cancelled. pika trips over a close() in the midst of its handshake, so
-            # that has to end first (pika gives it 15 s at most).
+            # Cancelled (after a failure this is not called). pika trips over a close()
+            # in the midst of its handshake, so that has to end first, within 15 s.
             self.pika.add_on_open_callback(lambda connection: connection.close())
             raise
 
@@ -1411,7 +1414,7 @@ class _Job:
         self.pool.jobs.put(self)
 
     def cancel(self) -> None:
-        self.pool.abandoned.add(self)   # before the thread can look whether it is there
+        self.pool.abandoned.add(self)   # before the thread can take it out again
         if self.draw() == "end":
             self.pool.abandon(self)
         else:
@@ -1556,7 +1559,9 @@ class ProcessPool:
             await _send(sock, _HEAD.pack(len(call)) + call)
             ok, answer = pickle.loads(await _receive(sock))
         except BaseException as exc:
-            # Cancelled, dead or speaking nonsense: whatever it is, it is over.
+            # Cancelled, dead or speaking nonsense: whatever it is, it is over. (A child
+            # that a task forked may hold a copy of the socket: it has to be released.)
+            await _io_release(sock)
             sock.close()
             try:
                 if isinstance(exc, OSError):
