@@ -1553,7 +1553,9 @@ class ProcessPool:
         """See `run_in_process`; for those who hold one of the `slots`."""
         call = pickle.dumps((func, args))
         while self._idle and self._idle[-1][0].exitcode is not None:
-            self._idle.pop()[1].close()     # died while it had nothing to do
+            _, sock = self._idle.pop()      # died while it had nothing to do
+            await _io_release(sock)
+            sock.close()
         process, sock = self._idle.pop() if self._idle else self._start()
         try:
             await _send(sock, _HEAD.pack(len(call)) + call)
@@ -1579,6 +1581,7 @@ class ProcessPool:
         # The socket closes a little before the process is gone, and the exit code is
         # there only after that; unless it closed the socket and lives on.
         await ignore_after(1.0, _read_wait(process.sentinel))
+        await _io_release(process.sentinel)
         process.kill()
         process.join()
         code = process.exitcode
