@@ -576,6 +576,7 @@ SLICE = 0.001           # seconds after which no further task is begun in a turn
 BLOCKED = 0.5           # seconds without waiting; then a task is named in the log
 SHUTDOWN_GRACE = 2.0    # seconds that a cancelled task has, at shutdown, to go
 
+_MASKS = {EVENT_READ: IOLoop.READ, EVENT_WRITE: IOLoop.WRITE}    # Curio's, pika's
 _SUSPENDED = object()   # what a trap answers if the task has to wait
 _WAITING = {"trap_io", "trap_future_wait", "trap_sleep", "trap_sched_wait"}
 
@@ -677,8 +678,7 @@ class Kernel:
                 try:
                     probe.register(fd, EVENT_READ)
                 except (OSError, ValueError):
-                    self._files[fd][2].clear()
-                    self._watch(fd, None)
+                    self._trap_io_release(fd)
         try:
             self.loop.start()
         finally:
@@ -760,7 +760,7 @@ class Kernel:
         finally:
             self._current = None
             self._turn_at = float("inf")
-            while self._idle:
+            while self._idle:       # see "files" below
                 fd = self._idle.pop()
                 with suppress(KeyError, OSError, ValueError):   # released, or closed
                     self._watch(fd, self._files[fd][0])
@@ -923,7 +923,7 @@ class Kernel:
     def _watch(self, fd: int, owner: object) -> None:
         """Have pika's loop watch a file for what is waited for, or forget it."""
         loop, (watched_for, before, waits) = self.loop, self._files[fd]
-        mask = sum((loop.READ, loop.WRITE)[event == EVENT_WRITE] for event in waits)
+        mask = sum(_MASKS[event] for event in waits)
         if mask == before and owner is watched_for:
             return
         if before:
@@ -945,10 +945,10 @@ class Kernel:
 
     def _on_io(self, fd: int, events: int) -> None:
         # An error or a hang-up wakes both sides: their next read or write will show it.
-        others = {EVENT_READ: self.loop.WRITE, EVENT_WRITE: self.loop.READ}
+        failed = events & ~sum(_MASKS.values())
         waits = self._files[fd][2]
         for event in list(waits):
-            if events & ~others[event]:
+            if failed or events & _MASKS[event]:
                 self._schedule(waits.pop(event))
         self._idle.append(fd)
 
@@ -1414,11 +1414,7 @@ class _Job:
         self.pool.jobs.put(self)
 
     def cancel(self) -> None:
-        self.pool.abandoned.add(self)   # before the thread can take it out again
-        if self.draw() == "end":
-            self.pool.abandon(self)
-        else:
-            self.pool.abandoned.discard(self)
+        self.pool.abandon(self)
 
 
 class ThreadPool:
@@ -1462,6 +1458,11 @@ class ThreadPool:
             del job                     # hold on to nothing while waiting
 
     def abandon(self, job: _Job) -> None:
+        """Give up a call: it is not begun any more, or its thread is replaced."""
+        self.abandoned.add(job)     # first, or its thread might take it out too early
+        if job.draw() != "end":
+            self.abandoned.discard(job)
+            return
         self._threads -= 1
         log.warning("a thread was abandoned in %s, which still runs (%d of %d)",
                     getattr(job.func, "__qualname__", job.func), len(self.abandoned),
