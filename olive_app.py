@@ -574,15 +574,16 @@ async def declare_topology(channel: sweepea.Channel, config: OliveAppConfig) -> 
 class _Run:
     """A message in hand, from its delivery until it is settled, and a while longer."""
 
-    def __init__(self, channel: sweepea.Channel, method, properties, body) -> None:
+    def __init__(self, channel: sweepea.Channel, method, properties, body,
+                 is_suspect: bool) -> None:
         self.deliver(channel, method.delivery_tag)
         self.redelivered = method.redelivered
+        self.is_suspect = is_suspect    # it came by their queue
         self.properties, self.body = properties, body
         self.task: sweepea.Task | None = None
         self.name = "?"
         self.started = False            # a stop waits for it
         self.given_back = False         # a stop did not
-        self.is_suspect = False         # came by the queue of suspects
         self.leaving = False            # it may kill us, and is being sent elsewhere
         self.done = False
         self.acked = False              # said on an open channel; it may still be lost
@@ -740,8 +741,8 @@ class OliveOly:
 
         def on_message(_channel, method, properties, body) -> None:
             if not self._stop.is_set():     # else it goes back when we go
-                run = _Run(channel, method, properties, body)
-                run.is_suspect = method.routing_key == suspects(config.queue)
+                run = _Run(channel, method, properties, body,
+                           method.routing_key == suspects(config.queue))
                 self._in_hand.add(run)
                 run.task = self._kernel._spawn(self._live(run))
                 run.task.daemon = True
@@ -1032,17 +1033,21 @@ class OliveOly:
             try:
                 return await self._link.publish(exchange, key, body, properties)
             except AMQPError as exc:
-                log.warning("could not publish to %s: %s; trying again",
-                            exchange or key, describe(exc))
-            await sleep(min(sweepea.MAX_BACKOFF, 0.1 * 2 ** min(attempt, 10)))
+                error = exc
             connection = self._link._connection
-            if connection is not None and connection.closed is None:
-                try:
-                    channel = await connection.channel()
-                    await declare_topology(channel, self.config)
-                    channel.pika.close()
-                except AMQPError as exc:
-                    log.warning("could not declare the topology: %s", describe(exc))
+            lost = connection is None or connection.closed is not None
+            if not lost:
+                log.warning("could not publish to %s: %s; trying again",
+                            exchange or key, describe(error))
+            await sleep(min(sweepea.MAX_BACKOFF, 0.1 * 2 ** min(attempt, 10)))
+            if lost:
+                continue    # the link says so, comes back and declares everything
+            try:
+                channel = await connection.channel()
+                await declare_topology(channel, self.config)
+                channel.pika.close()
+            except AMQPError as exc:
+                log.warning("could not declare the topology: %s", describe(exc))
 
 
 # =====================================================================================
@@ -1078,8 +1083,8 @@ def main(argv: list[str] | None = None) -> None:
         if options.demo:
             olive_utils.demo(config)
             return
-        print("starting a RabbitMQ of our own ...", file=sys.stderr)
-        with olive_utils.private_broker(5672) as broker:
+        with olive_utils.private_broker(
+                5672, say="starting a RabbitMQ of our own ...") as broker:
             print(f"it listens on port {broker.port}, and goes when we go",
                   file=sys.stderr)
             OliveOly(replace(config, url=broker.url)).start()

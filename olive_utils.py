@@ -185,15 +185,19 @@ class PrivateBroker:
 
 @contextmanager
 def private_broker(
-    port: int | None = None, *, peer: PrivateBroker | None = None, config: str = ""
+    port: int | None = None, *, peer: PrivateBroker | None = None, config: str = "",
+    say: str = ""
 ) -> Iterator[PrivateBroker]:
     """Run a private RabbitMQ node on loopback; nothing of it remains, however we end.
 
     port: the AMQP port (default: a free one); config: more lines for rabbitmq.conf;
-    peer: a running broker whose epmd and cookie to share, so that they can cluster.
+    peer: a running broker whose epmd and cookie to share, so that they can cluster;
+    say: a line for stderr before the start, which takes some seconds.
     """
     broker = PrivateBroker(port, peer, config)
     try:
+        if say:
+            print(say, file=sys.stderr)
         broker.start()
         yield broker
     finally:
@@ -351,8 +355,8 @@ def demo(config: OliveAppConfig) -> None:
     try:
         sweepea.run(find)
     except AMQPError:
-        print("no RabbitMQ takes us there: starting a private one ...", file=sys.stderr)
-        with private_broker() as broker:
+        what = "no RabbitMQ takes us there: starting a private one ..."
+        with private_broker(say=what) as broker:
             run(broker.url)
     else:
         run(config.url)
