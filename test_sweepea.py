@@ -38,9 +38,9 @@ from olive_app import OliveAppConfig
 from sweepea import (
     CancelledError, CurioError, Event, Kernel, Queue, ReadResourceBusy, ResourceBusy,
     SchedBarrier, SchedFIFO, Semaphore, Task, TaskCancelled, TaskError,
-    TaskTimeout, TimeoutCancellationError, UncaughtTimeoutError, WorkerError, WorkerLost,
-    WriteResourceBusy, clock, current_task, disable_cancellation, ignore_after, run,
-    run_in_process, run_in_thread, sleep, spawn, timeout_after)
+    TaskTimeout, TimeoutCancellationError, UncaughtTimeoutError, WorkerError,
+    WorkerLost, WriteResourceBusy, clock, current_task, disable_cancellation,
+    ignore_after, run, run_in_process, run_in_thread, sleep, spawn, timeout_after)
 
 HERE = Path(__file__).parent
 logging.getLogger("pika").setLevel(logging.CRITICAL)
@@ -92,7 +92,7 @@ class Client:
         self.replies = self.channel.queue_declare("", exclusive=True).method.queue
 
     def send(self, task="add", args=(2, 3), kwargs=None, *, body=None, embed=None,
-             properties=None, to_queue=True, **headers):
+             properties=None, to_queue=True, queue=None, **headers):
         """Publish a task as Celery would; return its id. `headers` override."""
         ident = headers.get("id") or str(uuid.uuid4())
         if body is None:
@@ -102,7 +102,9 @@ class Client:
                   "delivery_mode": 2, "correlation_id": ident, "reply_to": self.replies,
                   "headers": {"task": task, "id": ident, **headers},
                   **(properties or {})}
-        exchange, key = ("", self.queue) if to_queue else (self.exchange, "Olive.k")
+        exchange, key = self.exchange, "Olive.k"
+        if to_queue:
+            exchange, key = "", queue or self.queue
         self.channel.basic_publish(
             exchange, key, body.encode() if isinstance(body, str) else body,
             pika.BasicProperties(**fields), mandatory=True)
@@ -294,7 +296,8 @@ def test_importing_sweepea_imports_no_multiprocessing():
     out = subprocess.run(
         [sys.executable, "-c", "import sys, sweepea; print('multiprocessing' in "
          "sys.modules, 'asyncio' in sys.modules, sweepea.__version__)"],
-        capture_output=True, text=True, cwd=Path(sweepea.__file__).parent).stdout.split()
+        capture_output=True, text=True,
+        cwd=Path(sweepea.__file__).parent).stdout.split()
     assert out[0] == "False" and out[2] == sweepea.__version__
 
 
@@ -446,7 +449,8 @@ def test_an_unknown_trap_leaves_run_and_the_kernel_is_of_no_more_use():
     kernel = Kernel()
     with pytest.raises(KeyError, match="trap_door"):
         kernel.run(main)
-    for again in (lambda: kernel.run(main), kernel.run, lambda: kernel.run(shutdown=True)):
+    for again in (lambda: kernel.run(main), kernel.run,
+                  lambda: kernel.run(shutdown=True)):
         with pytest.raises(RuntimeError, match="crashed"):
             again()
 
@@ -979,7 +983,8 @@ async def test_the_heap_does_not_grow_with_timeouts_that_never_fire(outer):
     kernel, most = await trap("trap_get_kernel"), 0
     async with timeout_after(outer):
         for n in range(200_000):
-            await trap("trap_unset_timeout", await trap("trap_set_timeout", 1e9 - n % 7))
+            earlier = await trap("trap_set_timeout", 1e9 - n % 7)
+            await trap("trap_unset_timeout", earlier)
             most = max(most, len(kernel._timers))
         for _ in range(1_000):
             async with timeout_after(1.0):
@@ -1080,7 +1085,8 @@ def test_no_wake_up_from_another_thread_is_lost_and_the_bell_is_rung_seldom(enou
 
     with Kernel() as kernel:
         ring = kernel.loop.add_callback_threadsafe
-        kernel.loop.add_callback_threadsafe = lambda func: (rung.append(func), ring(func))
+        kernel.loop.add_callback_threadsafe = lambda func: (
+            rung.append(func), ring(func))
         assert kernel.run(main) == sum(range(enough))
     assert 1 <= len(rung) <= max(8, enough // 10)
 
@@ -1247,15 +1253,14 @@ async def test_an_object_may_open_another_file_of_the_same_number():
         def fileno(self):
             return self.ours.fileno()
 
-    thing, numbers = Reopened(), []
+    thing, numbers = Reopened(), set()
     for _ in range(2):
         thing.open()
-        number = thing.fileno()
+        numbers.add(thing.fileno())
         await timeout_after(20, sweepea._read_wait, thing)
-        assert numbers in ([], [number])
-        numbers.append(number)
         thing.ours.close()      # (and not released)
         thing.theirs.close()
+    assert len(numbers) == 1
 
 
 def test_a_number_that_now_belongs_to_a_plain_file_does_no_harm(tmp_path):
@@ -1404,13 +1409,15 @@ def test_shutdown_cancels_the_newest_first_then_calls_back_and_is_final():
         for n in range(5):
             await spawn(child, n)
         await sleep(0)
-        (await trap("trap_get_kernel"))._call_at_shutdown(lambda: said.append("shutdown"))
+        kernel = await trap("trap_get_kernel")
+        kernel._call_at_shutdown(lambda: said.append("shutdown"))
         return "result"
 
     said, kernel = [], Kernel()
     assert kernel.run(main, shutdown=True) == "result"
     assert said == [4, 3, 2, 1, 0, "shutdown"] and not kernel._tasks
-    for again in (kernel.run, lambda: kernel.run(clock), lambda: kernel.run(shutdown=True)):
+    for again in (kernel.run, lambda: kernel.run(clock),
+                  lambda: kernel.run(shutdown=True)):
         with pytest.raises(RuntimeError, match="shut down"):
             again()
 
@@ -1887,13 +1894,13 @@ def test_a_process_dies_whose_socket_a_forked_child_holds():
     async def main():
         sweepea.ProcessPool(await sweepea._get_kernel(), 1)
         await run_in_process(double, 1)
-        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        fork = multiprocessing.get_context("fork")
+        child = fork.Process(target=time.sleep, args=(60,))
         child.start()
         try:
             for _ in range(2):
                 with pytest.raises(sweepea.WorkerLost):
                     await run_in_process(leave, ("exit", 3))
-                await sleep(0.01)
                 assert await run_in_process(double, 3) == 6
         finally:
             child.kill()
@@ -2813,10 +2820,8 @@ def test_a_stop_finishes_what_runs_and_gives_back_the_rest(client, tmp_path, nam
 
 def test_a_stop_does_not_count_the_suspect_that_has_not_started(client, tmp_path):
     with busy(client, tmp_path, unstarted=1) as app:
-        suspects, queue = f"{client.queue}.suspects", client.queue
-        client.queue = suspects
-        ident = client.send("add", **{"x-olive-returns": 3})
-        client.queue = queue
+        suspects = f"{client.queue}.suspects"
+        ident = client.send("add", queue=suspects, **{"x-olive-returns": 3})
         client.send("nonsense", properties={"reply_to": None})
         client.get(client.dead_queue)       # the other is in hand, too, by now
         app.signal()
@@ -2921,8 +2926,7 @@ def test_the_port_of_a_broker_of_ones_own_is_in_use():
             pass        # somebody else has it
         app = App({}, "--with-broker")
         assert app.wait() == 1
-    assert app.lines[-1].startswith("olive: port 5672 is in use")
-    assert len(app.lines) == 2, app.log
+    assert app.log.startswith("olive: port 5672 is in use") and len(app.lines) == 1
 
 
 def test_the_demo(client):
@@ -3082,7 +3086,8 @@ class Drill:
         self.url, self.name = url, name
         self.record = tmp_path / "record"
         self.record.touch()
-        self.queue, self.dead, self.replies = f"{name}.q", f"{name}.dead", f"{name}.replies"
+        self.queue, self.dead = f"{name}.q", f"{name}.dead"
+        self.replies = f"{name}.replies"
         self.environ = {
             "OLIVE_URL": url, "OLIVE_EXCHANGE": f"{name}.x", "OLIVE_QUEUE": self.queue,
             "OLIVE_DEAD_QUEUE": self.dead, "DRILL_LOG": str(self.record),
@@ -3119,7 +3124,7 @@ class Drill:
     def send(self, calls, **options):
         """Send (task, i, *args) each; i is what the record knows it by."""
         with self.channel() as channel:
-            channel.confirm_delivery()      # (else a kill -9 of the broker may eat some)
+            channel.confirm_delivery()  # (else a kill -9 of the broker may eat some)
             for call in calls:
                 channel.basic_publish("", self.queue, *self.message(*call, **options))
 
@@ -3130,8 +3135,9 @@ class Drill:
 
     def counts(self):
         with self.channel() as channel:
-            return {queue: channel.queue_declare(queue, passive=True).method.message_count
-                    for queue in (self.queue, self.dead, self.replies)}
+            return {
+                queue: channel.queue_declare(queue, passive=True).method.message_count
+                for queue in (self.queue, self.dead, self.replies)}
 
     def drain(self, queue):
         """Take everything out of a queue: [(properties, body)]."""
@@ -3152,7 +3158,8 @@ class Drill:
         try:
             wait_until(complete, timeout, "all done")
             if replies is not None:
-                wait_until(lambda: self.counts()[self.replies] >= replies, 20, "replies")
+                wait_until(lambda: self.counts()[self.replies] >= replies, 20,
+                           "replies")
             wait_until(lambda: self.counts()[self.dead] >= dead, 40, "the dead queue")
             wait_until(lambda: self.counts()[self.queue] == 0, 20, "an empty queue")
         except AssertionError as exc:
@@ -3201,7 +3208,7 @@ def _serves(broker):
 
 @pytest.fixture
 def victim(_victim):
-    """A broker to be harmed. Whoever stops it starts it again; this sees to the rest."""
+    """A broker to be harmed. Who stops it starts it again; this sees to the rest."""
     yield _victim
     if not _serves(_victim):
         _victim.start()
@@ -3234,10 +3241,13 @@ def test_broker_dies_while_everything_waits(victim, tmp_path, how):
         # (replies are not confirmed: the last before the kill may be gone)
         tally = drill.finish(app, replies=27)
         assert back < 30
+        # whoever waits for a confirm waits for the link, which says it once
+        assert app.log.count("could not publish") < 20, app.log
         assert drill.marks("start").count("0") == 1, "begun again, though in hand"
         assert drill.marks("done").count("0") == 1
         assert tally["twice"] <= 80, tally
-        ids = {properties.correlation_id for properties, _ in drill.drain(drill.replies)}
+        ids = {properties.correlation_id
+               for properties, _ in drill.drain(drill.replies)}
         assert "work-0" in ids and {f"work-e{i}" for i in range(20)} <= ids
 
 
@@ -3250,7 +3260,7 @@ def test_connections_closed_by_the_broker(victim, tmp_path):
             victim.ctl("close_all_connections", "a drill")
             app.wait_for("reconnected", count=n)
         tally = drill.finish(app, replies=1000)
-        # nothing that was in hand was begun again: here all deliveries are expected back
+        # nothing that was in hand was begun again: all deliveries are expected back
         assert tally["twice"] == 0, tally
 
 
@@ -3370,7 +3380,8 @@ def test_kill_9_of_the_app(broker, tmp_path):
 
 def _lives(pid):
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        stat = Path(f"/proc/{pid}/stat").read_text()
+        return stat.rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
 
@@ -3401,7 +3412,8 @@ def test_worker_processes_die_of_everything(broker, tmp_path):
     assert "exit code 3" in letters["die-exit"]["x-olive-error"]
     assert "SIGKILL" in letters["die-killed"]["x-olive-error"]
     assert all(drill.marks("start").count(how) == 2 for how in hows), "two tries"
-    replies = {p.correlation_id: json.loads(body) for p, body in drill.drain(drill.replies)}
+    replies = {p.correlation_id: json.loads(body)
+               for p, body in drill.drain(drill.replies)}
     assert replies["die-exit"]["result"]["exc_type"] == "WorkerLostError"
 
 
@@ -3416,7 +3428,8 @@ class Relay:
     """
 
     def __init__(self, port):
-        self.port, self.delay, self.chunk, self.hole, self.cut_after = port, 0, 65536, 0, None
+        self.port, self.delay, self.chunk = port, 0, 65536
+        self.hole, self.cut_after = 0, None
         self.server = socket.create_server(("127.0.0.1", 0))
         self.url = f"amqp://guest:guest@127.0.0.1:{self.server.getsockname()[1]}/%2F"
         self.connections = 0
@@ -3572,7 +3585,8 @@ def test_replies_that_nobody_takes(broker, tmp_path):
     with running(drill.environ) as app:
         with drill.channel() as channel:
             channel.confirm_delivery()
-            for n, reply_to in enumerate(["gone", "x" * 255, "a\nb", "amq.rabbitmq.trace"]):
+            for n, reply_to in enumerate(
+                    ["gone", "x" * 255, "a\nb", "amq.rabbitmq.trace"]):
                 for what in "work", "no_such_task", None:
                     body, properties = drill.message("work", f"{what}{n}")
                     properties.headers["task"], properties.reply_to = what, reply_to
@@ -3584,7 +3598,7 @@ def test_replies_that_nobody_takes(broker, tmp_path):
 def test_a_reply_that_breaks_the_connection(broker, tmp_path):
     drill = Drill(broker.url, tmp_path, "o" + uuid.uuid4().hex[:8])
     body, properties = drill.message("work", "x")
-    properties.headers["task"] = None           # malformed, so a failure is reported to:
+    properties.headers["task"] = None       # malformed, so a failure is reported to:
     properties.reply_to = "amq.rabbitmq.reply-to.g1hkAA.x"      # 541 INTERNAL_ERROR
     with running(drill.environ) as app:
         with drill.channel() as channel:
@@ -3624,12 +3638,15 @@ def test_poison_of_every_kind(broker, tmp_path):
     dice, good = random.Random(7), b'[["a"], {}, {"callbacks": null, "chain": null}]'
     odd = [None, True, -1, 10 ** 12, "", "x" * 5000, "9999-12-31T23:59:59-14:00",
            "0001-01-01T00:00:00+14:00", [], {}, ["a"], [None, None], [-1, 2], ["1", 2],
-           [1, 2, 3], b"\xff\xfe", Decimal("1.5"), datetime(2020, 1, 1), {"a": {"b": [1]}},
+           [1, 2, 3], b"\xff\xfe", Decimal("1.5"), datetime(2020, 1, 1),
+           {"a": {"b": [1]}},
            "\ud7ff\n\x1b[31m", "1970-01-01"]
-    bodies = [b"", b"\xff\xfe", b"no", b"[" * 200_000, b"[[" + b"9" * 10_000 + b"], {}, {}]",
+    bodies = [b"", b"\xff\xfe", b"no", b"[" * 200_000,
+              b"[[" + b"9" * 10_000 + b"], {}, {}]",
               b"[[NaN], {}, {}]", b"[]", b"{}", b"null", b"[1, 2, 3]", b"[[], [], []]",
               b"[[], {}, []]", b'[[], {}, {"chain": 5}]', b'[[], {}, {"chain": [5]}]',
-              b'[[], {}, {"callbacks": {"task": 1}}]', b'[[], {}, {"chord": {"task": "x"}}]',
+              b'[[], {}, {"callbacks": {"task": 1}}]',
+              b'[[], {}, {"chord": {"task": "x"}}]',
               b'[["a"], {}, {"chain": [{"task": "work", "options": 5}]}]',
               b'[["a"], {}, {"chain": [{"task": "work", "args": 5}]}]',
               b'[["a"], {}, {"callbacks": "work"}]', b'[["a"], {}, {"chain": true}]',
@@ -3641,7 +3658,8 @@ def test_poison_of_every_kind(broker, tmp_path):
                   if not (name == "eta" and str(value).startswith("9999"))
                   and not (name == "x-olive-returns" and value == 10 ** 12)]
     cases += [(good, {"task": name}, {}) for name in
-              ("os.system", "__import__", "", "a" * 5000, "celery.chord", "a\nFORGED line")]
+              ("os.system", "__import__", "", "a" * 5000, "celery.chord",
+               "a\nFORGED line")]
     cases += [(good, {}, {"content_type": kind}) for kind in
               ("application/x-python-serialize", "application/x-yaml", None, "")]
     cases += [(good, {}, {"content_encoding": kind}) for kind in ("binary", "gzip", "")]
@@ -3736,8 +3754,8 @@ async def coroutined(how):
         return 1
     return misbehave(how)
 '''
-HOWS = ["large", "text", "deep", "nojson", "nan", "bad", "exit", "interrupt", "generator",
-        "stop", "cancelled", "surrogate", "deepresult"]
+HOWS = ["large", "text", "deep", "nojson", "nan", "bad", "exit", "interrupt",
+        "generator", "stop", "cancelled", "surrogate", "deepresult"]
 
 
 def test_tasks_that_misbehave(broker, tmp_path):
@@ -3756,8 +3774,8 @@ def test_tasks_that_misbehave(broker, tmp_path):
                 _, properties = drill.message(kind, name)
                 if (kind, name, how) in timed:
                     properties.headers["timelimit"] = [1, None]
-                channel.basic_publish("", drill.queue, json.dumps([[how], {}, {}]).encode(),
-                                      properties)
+                body = json.dumps([[how], {}, {}]).encode()
+                channel.basic_publish("", drill.queue, body, properties)
         wait_until(lambda: drill.counts()[drill.replies] >= len(calls) + 4, 40,
                    f"{drill.counts()} {len(calls) + 4}")
         drill.send([("work", "good"), ("pwork", "pgood"), ("cowork", "cogood")])
@@ -3839,7 +3857,8 @@ def test_stop_with_eighty_in_hand(broker, tmp_path):
         assert app.wait() == 0
         assert sorted(drill.marks("start")) == sorted(drill.marks("done"))
         started = len(drill.marks("start"))
-        wait_until(lambda: drill.counts()[drill.queue] == 100 - started, 5, "given back")
+        wait_until(lambda: drill.counts()[drill.queue] == 100 - started, 5,
+                   "given back")
         assert drill.counts()[drill.replies] == started < 100
 
 
@@ -3932,8 +3951,8 @@ def authority(tmp_path_factory):
         subprocess.run(["openssl", *args], cwd=folder, check=True, capture_output=True)
 
     for name in "ca", "other":
-        openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-keyout",
-                f"{name}.key", "-out", f"{name}.pem", "-subj", f"/CN={name}")
+        openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
+                "-keyout", f"{name}.key", "-out", f"{name}.pem", "-subj", f"/CN={name}")
     openssl("req", "-newkey", "rsa:2048", "-nodes", "-keyout", "server.key", "-out",
             "server.csr", "-subj", "/CN=localhost")
     (folder / "san").write_text("subjectAltName=DNS:localhost\n")
