@@ -552,24 +552,24 @@ def ignore_after(seconds: float | None, corofunc=None, *args,
 # Whoever drives coroutines needs a loop: run what is ready, find out what has become
 # ready since, and again. pika has such a loop, its IOLoop, and it must go on turning,
 # for it is there that AMQP is read, written and kept alive by heartbeats. So the
-# kernel brings no second one. It is a guest that asks pika's loop for three things:
+# kernel brings no second one. It turns the crank of pika's, as pika's own
+# BlockingConnection does, and takes a turn of its own each time round:
 #
-#                      +----------------- pika's IOLoop ------------------+
-#      sockets ------->|  poll  --> handlers --> callbacks --> timers --+  |
-#                      |   ^                                           |  |
-#                      |   +-------------------------------------------+  |
-#                      +------+--------------------+---------------+------+
-#                  add_handler|  add_callback_threadsafe|  call_later|
-#                             v                    v               v
-#                      tasks that wait      tasks woken by     the turn: runs all
-#                      for a file           other threads      that is ready
+#          +---------------- pika's IOLoop -----------------+
+#          |  poll()                 process_timeouts()     |
+#     +--->|  waits for the sockets  callbacks, then timers |---> the turn: runs all --+
+#     |    +------+---------------------+--------------+----+     that is ready        |
+#     |      add_handler     add_callback_threadsafe  call_later                       |
+#     |      (a task waits   (another thread          (so that the poll                |
+#     |      for a file)     woke a task)             ends in time)                    |
+#     +--------------------------------------------------------------------------------+
 #
-# A turn (`_turn`) is one callback. It runs what is ready, and what becomes ready of
-# that, until a millisecond is over; then pika's loop is at liberty again, however many
-# tasks are still ready. The clock is looked at after each task, so a turn is longer by
-# what its last task takes until it waits or gives way. One that computes, or goes from
-# trap to trap without ever waiting, blocks everything, as it does in every event loop;
-# the kernel can only say afterwards which one it was (`BLOCKED`).
+# A turn (`_turn`) runs what is ready, and what becomes ready of that, until a
+# millisecond is over; then it is pika's turn again, however many tasks are still
+# ready. The clock is looked at after each task, so a turn is longer by what its last
+# task takes until it waits or gives way. One that computes, or goes from trap to trap
+# without ever waiting, blocks everything, as it does in every event loop; the kernel
+# can only say afterwards which one it was (`BLOCKED`).
 # =====================================================================================
 
 SLICE = 0.001           # seconds after which no further task is begun in a turn
@@ -590,9 +590,12 @@ class Kernel:
 
     def __init__(self, *, loop: IOLoop | None = None, taskcls: type = Task) -> None:
         self.loop = loop or IOLoop()
+        self.loop.activate_poller()
+        self._alarm_at, self._alarm = 0.0, self.loop.call_later(0, lambda: None)
         self._taskcls = taskcls
         self._tasks: dict[int, Task] = {}
         self._ready: deque[Task] = deque()
+        self._current: Task | None = None
         self._timers: list[tuple[float, int, str]] = []     # (clock, task id, kind)
         self._sweep_at = 1000                               # see _set_timer
         # number -> (whose it is, what the loop watches it for, event -> task)
@@ -600,17 +603,13 @@ class Kernel:
         self._idle: list[int] = []      # numbers that woke somebody in this turn
         self._woken: deque = deque()                        # see _wake
         self._waking = False
-        self._current: Task | None = None
-        self._main: Task | None = None
-        self._turn_at = float("inf")                        # see _arm
-        self._turn_handle = None
         self._shutdown_funcs: list[Callable[[], Any]] | None = []
         self._traps: dict[str, Callable] = {
             "trap_io": self._trap_io,
             "trap_io_release": self._trap_io_release,
             "trap_io_waiting": self._trap_io_waiting,
             "trap_future_wait": self._trap_future_wait,
-            "trap_spawn": self._trap_spawn,
+            "trap_spawn": self._spawn,
             "trap_cancel_task": self._trap_cancel_task,
             "trap_sleep": self._trap_sleep,
             "trap_sched_wait": self._trap_sched_wait,
@@ -647,10 +646,7 @@ class Kernel:
                 last = self._spawn(self._cancel_all())
                 last.joined = True
                 self._drive(last)
-                funcs, self._shutdown_funcs = self._shutdown_funcs, None
-                for func in funcs:
-                    func()
-                self.loop.close()
+                self._close()
         if main:
             main.joined = True
             return main.result
@@ -667,23 +663,25 @@ class Kernel:
 
     def _drive(self, main: Task | None) -> None:
         self._main = main
-        # A callback of somebody else's may have raised its way out of the loop the last
-        # time, and taken our next turn with it: so always ask for a new one.
-        self._turn_at = float("inf")
-        self._arm(0)
-        # A file that was closed without its release has a number that the loop must not
-        # try to register again: it is free now, or that of a file that no poll takes.
-        with DefaultSelector() as probe:
-            for fd in list(self._files):
-                try:
-                    probe.register(fd, EVENT_READ)
-                except (OSError, ValueError):
-                    self._trap_io_release(fd)
-        try:
-            self.loop.start()
-        finally:
-            if self._shutdown_funcs is None:
-                self.loop.close()       # crashed, see _turn
+        while True:
+            # There is at most one timer of ours in pika's heap, so that the poll ends
+            # in time; it does nothing else.
+            now = time.monotonic()
+            due = self._timers[0][0] if self._timers else float("inf")
+            when = max(now, due) if main and not self._ready else now
+            if when != self._alarm_at:
+                self.loop.remove_timeout(self._alarm)
+                self._alarm = self.loop.call_later(when - now, lambda: None)
+                self._alarm_at = when
+            self.loop.poll()
+            self.loop.process_timeouts()
+            self._turn()
+            while self._idle:       # see "files" below
+                fd = self._idle.pop()
+                with suppress(KeyError, OSError, ValueError):   # released, or closed
+                    self._watch(fd, self._files[fd][0])
+            if main is None or main.terminated:
+                break
 
     async def _cancel_all(self) -> None:
         me = self._current
@@ -696,83 +694,61 @@ class Kernel:
                         log.error("%r would not go, and is dropped", task)
                         del self._tasks[task.id]
 
+    def _close(self) -> None:
+        funcs, self._shutdown_funcs = self._shutdown_funcs, None
+        for func in funcs:
+            func()
+        self.loop.close()
+
     # -- the turn ----------------------------------------------------------------------
 
-    def _arm(self, when: float) -> None:
-        """See to it that a turn begins at `when` on the clock, or earlier.
-
-        There is at most one call pending in pika's loop, for the earliest need. A turn
-        that comes too early is harmless: it finds nothing to do and arms the next one.
-        """
-        if when < self._turn_at:
-            if self._turn_handle is not None:
-                self.loop.remove_timeout(self._turn_handle)
-            self._turn_at = when
-            self._turn_handle = self.loop.call_later(
-                max(0, when - time.monotonic()), self._turn)
-
     def _turn(self) -> None:
-        self._turn_handle = None
-        self._turn_at = float("-inf")       # no need to arm anything while we are here
-        ready, traps = self._ready, self._traps
+        ready, traps, main = self._ready, self._traps, self._main
         began = now = time.monotonic()
         try:
             self._expire(now)
-            while ready:
-                for _ in range(len(ready)):
-                    task = self._current = ready.popleft()
-                    task.state = "RUNNING"
-                    task.cycles += 1
-                    answer, task._trap_result = task._trap_result, None
-                    send = task.send
-
-                    # The task runs from trap to trap until one of them makes it wait.
-                    while answer is not _SUSPENDED:
-                        try:
-                            request = send(answer)
-                        except BaseException as exc:
-                            self._current = None
-                            self._end(task, exc)
-                            break
-                        try:
-                            if (task.cancel_pending is not None and task.allow_cancel
-                                    and request[0] in _WAITING):
-                                answer, task.cancel_pending = task.cancel_pending, None
-                            else:
-                                answer = traps[request[0]](*request[1:])
-                        except BaseException:
-                            # Traps do not raise (they answer with exceptions). This is
-                            # a request that is no trap, a fault of the program: nobody
-                            # can know any more what the other tasks wait for.
-                            self._shutdown_funcs = self._main = None
-                            self._tasks.clear()
-                            ready.clear()
-                            raise
-
-                    before, now = now, time.monotonic()
-                    if now - before > BLOCKED:
-                        log.warning("%r ran for %.1f s without waiting: all else "
-                                    "stood still", task, now - before)
-                    if self._main is not None and now - began > SLICE:
-                        break       # (a single pass has no main task, and is whole)
-                if self._main is None or self._main.terminated or now - began > SLICE:
+            # (a single pass has no main task, and is whole, however long it takes)
+            for _ in range(sys.maxsize if main else len(ready)):
+                if not ready or main and (main.terminated or now - began > SLICE):
                     break
+                task = self._current = ready.popleft()
+                task.state = "RUNNING"
+                task.cycles += 1
+                answer, task._trap_result = task._trap_result, None
+                send = task.send
+
+                # The task runs from trap to trap until one of them makes it wait.
+                while answer is not _SUSPENDED:
+                    try:
+                        request = send(answer)
+                    except BaseException as exc:
+                        self._end(task, exc)
+                        break
+                    try:
+                        trap = traps[request[0]]
+                    except (KeyError, TypeError, IndexError):
+                        # No trap: a fault of the program. Nobody can know any more
+                        # what the other tasks wait for.
+                        self._close()
+                        raise
+                    try:
+                        if (task.cancel_pending is not None and task.allow_cancel
+                                and request[0] in _WAITING):
+                            answer, task.cancel_pending = task.cancel_pending, None
+                        else:
+                            answer = trap(*request[1:])
+                    except Exception as exc:
+                        answer = exc
+
+                before, now = now, time.monotonic()
+                if now - before > BLOCKED:
+                    log.warning("%r ran for %.1f s without waiting: all else stood "
+                                "still", task, now - before)
         finally:
             self._current = None
-            self._turn_at = float("inf")
-            while self._idle:       # see "files" below
-                fd = self._idle.pop()
-                with suppress(KeyError, OSError, ValueError):   # released, or closed
-                    self._watch(fd, self._files[fd][0])
-            if self._main is None or self._main.terminated:
-                self.loop.stop()
-            elif self._ready:
-                self._arm(0)
-            elif self._timers:
-                self._arm(self._timers[0][0])
 
     def _spawn(self, coro: Coroutine) -> Task:
-        """Make a task of a coroutine. For callbacks of pika, which cannot trap."""
+        """Make a task of a coroutine. For callbacks of pika, too, which cannot trap."""
         task = self._taskcls(coro, self._current)
         self._tasks[task.id] = task
         self._schedule(task)
@@ -782,10 +758,8 @@ class Kernel:
         """Put a task on the ready queue, with the answer to the trap it waits in."""
         task._trap_result = answer
         task.state = "READY"
-        task.cancel_func = None
+        task.cancel_func = task.future = task.sleep = None
         self._ready.append(task)
-        if self._turn_at > 0:
-            self._arm(0)
 
     def _suspend(self, state: str, cancel_func: Callable[[], Any]) -> object:
         self._current.state = state
@@ -795,7 +769,6 @@ class Kernel:
     def _end(self, task: Task, exc: BaseException) -> None:
         task.terminated = True
         task.state = "TERMINATED"
-        task.timeout = None
         self._tasks.pop(task.id, None)      # (it is not there if it was dropped)
         if task.joining is not None:
             self._trap_sched_wake(task.joining, len(task.joining))
@@ -834,10 +807,7 @@ class Kernel:
                 exc = exc(exc.__name__ if val is None else val)
             self._interrupt(task, exc)
 
-    # -- tasks and waiting rooms -------------------------------------------------------
-
-    def _trap_spawn(self, coro):
-        return self._spawn(coro)
+    # -- waiting rooms -----------------------------------------------------------------
 
     def _trap_sched_wait(self, room, state):
         return self._suspend(state, room._kernel_suspend(self._current))
@@ -872,11 +842,11 @@ class Kernel:
         while timers and timers[0][0] <= now:
             timer = heapq.heappop(timers)
             if self._counts(timer):
-                task, kind = self._tasks[timer[1]], timer[2]
-                setattr(task, kind, None)
-                if kind == "sleep":
+                task = self._tasks[timer[1]]
+                if timer[2] == "sleep":
                     self._schedule(task, now)
                 else:
+                    task.timeout = None
                     self._interrupt(task, TaskTimeout(now))
 
     def _trap_sleep(self, seconds):
@@ -885,7 +855,7 @@ class Kernel:
             self._schedule(task, now)
             return _SUSPENDED
         self._set_timer(task, "sleep", now + seconds)
-        return self._suspend("TIME_SLEEP", lambda: setattr(task, "sleep", None))
+        return self._suspend("TIME_SLEEP", lambda: None)
 
     def _trap_set_timeout(self, clock):
         earlier = self._current.timeout
@@ -960,13 +930,13 @@ class Kernel:
         waits = self._files.setdefault(fd, (owner, 0, {}))[2]
         if event in waits:
             busy = ReadResourceBusy if event == EVENT_READ else WriteResourceBusy
-            return busy(f"another task waits for the same of file {fd}")
+            raise busy(f"another task waits for the same of file {fd}")
         waits[event] = task
         try:
             self._watch(fd, owner)
-        except (OSError, ValueError) as exc:    # closed, or nothing to be waited for
+        except (OSError, ValueError):   # closed, or nothing to be waited for
             self._unwatch(fd, event, task)
-            return exc
+            raise
         return self._suspend(state, lambda: self._unwatch(fd, event, task))
 
     def _trap_io_release(self, fileobj):
@@ -1005,22 +975,15 @@ class Kernel:
             task, future = self._woken.popleft()
             # A task that was cancelled may wait for another future by now.
             if task.future is future:
-                task.future = None
                 self._schedule(task)
 
     def _trap_future_wait(self, future, event):
         task = self._current
         task.future = future
-
-        def cancel():
-            task.future = None
-            future.cancel()
-
-        answer = self._suspend("FUTURE_WAIT", cancel)
         future.add_done_callback(lambda future: self._wake(task, future))
         if event is not None:
             event.set()
-        return answer
+        return self._suspend("FUTURE_WAIT", future.cancel)
 
 
 def run(corofunc: Callable[..., Coroutine] | Coroutine, *args: Any) -> Any:
