@@ -1516,11 +1516,8 @@ class ProcessPool:
     async def call(self, func: Callable, args: tuple) -> Any:
         """See `run_in_process`; for those who hold one of the `slots`."""
         call = pickle.dumps((func, args))
-        while self._idle and self._idle[-1][0].exitcode is not None:
-            _, sock = self._idle.pop()      # died while it had nothing to do
-            await _io_release(sock)
-            sock.close()
-        process, sock = self._idle.pop() if self._idle else self._start()
+        is_used = bool(self._idle)
+        process, sock = self._idle.pop() if is_used else self._start()
         try:
             await _send(sock, _HEAD.pack(len(call)) + call)
             ok, answer = pickle.loads(await _receive(sock))
@@ -1530,6 +1527,8 @@ class ProcessPool:
             await _io_release(sock)
             sock.close()
             try:
+                if isinstance(exc, BrokenPipeError) and is_used:
+                    return await self.call(func, args)  # it died while it was idle
                 if isinstance(exc, OSError):
                     exc = await self._obituary(process)
             finally:
