@@ -598,7 +598,7 @@ class Kernel:
         self._current: Task | None = None
         self._timers: list[tuple[float, int, str]] = []     # (clock, task id, kind)
         self._sweep_at = 1000                               # see _set_timer
-        # number -> (whose it is, what the loop watches it for, event -> task)
+        # number -> (whose it is, what the loop watches it for, READ or WRITE -> task)
         self._files: dict[int, tuple[object, int, dict[int, Task]]] = {}
         self._idle: list[int] = []      # numbers that woke somebody in this turn
         self._woken: deque = deque()                        # see _wake
@@ -893,7 +893,7 @@ class Kernel:
     def _watch(self, fd: int, owner: object) -> None:
         """Have pika's loop watch a file for what is waited for, or forget it."""
         loop, (watched_for, before, waits) = self.loop, self._files[fd]
-        mask = sum(_MASKS[event] for event in waits)
+        mask = sum(waits)
         if mask == before and owner is watched_for:
             return
         if before:
@@ -906,38 +906,38 @@ class Kernel:
         else:
             del self._files[fd]
 
-    def _unwatch(self, fd: int, event: int, task: Task) -> None:
+    def _unwatch(self, fd: int, bit: int, task: Task) -> None:
         owner, _, waits = self._files.get(fd, (None, 0, {}))
-        if waits.get(event) is task:
-            del waits[event]
+        if waits.get(bit) is task:
+            del waits[bit]
             with suppress(OSError, ValueError):
                 self._watch(fd, owner)
 
     def _on_io(self, fd: int, events: int) -> None:
         # An error or a hang-up wakes both sides: their next read or write will show it.
-        failed = events & ~sum(_MASKS.values())
+        failed = events & ~(IOLoop.READ | IOLoop.WRITE)
         waits = self._files[fd][2]
-        for event in list(waits):
-            if failed or events & _MASKS[event]:
-                self._schedule(waits.pop(event))
+        for bit in list(waits):
+            if failed or events & bit:
+                self._schedule(waits.pop(bit))
         self._idle.append(fd)
 
     def _trap_io(self, fileobj, event, state):
-        fd, task = self._number(fileobj), self._current
+        fd, bit, task = self._number(fileobj), _MASKS[event], self._current
         # Only a socket is known to keep its file for life; a number, or an object that
         # may open another file, counts as a new owner each time.
         owner = fileobj if isinstance(fileobj, socket.socket) else object()
         waits = self._files.setdefault(fd, (owner, 0, {}))[2]
-        if event in waits:
+        if bit in waits:
             busy = ReadResourceBusy if event == EVENT_READ else WriteResourceBusy
             raise busy(f"another task waits for the same of file {fd}")
-        waits[event] = task
+        waits[bit] = task
         try:
             self._watch(fd, owner)
         except (OSError, ValueError):   # closed, or nothing to be waited for
-            self._unwatch(fd, event, task)
+            self._unwatch(fd, bit, task)
             raise
-        return self._suspend(state, lambda: self._unwatch(fd, event, task))
+        return self._suspend(state, lambda: self._unwatch(fd, bit, task))
 
     def _trap_io_release(self, fileobj):
         if (fd := self._number(fileobj)) in self._files:
@@ -946,7 +946,7 @@ class Kernel:
 
     def _trap_io_waiting(self, fileobj):
         waits = self._files.get(self._number(fileobj), (None, 0, {}))[2]
-        return waits.get(EVENT_READ), waits.get(EVENT_WRITE)
+        return waits.get(IOLoop.READ), waits.get(IOLoop.WRITE)
 
     def _number(self, fileobj) -> int:
         try:
