@@ -44,6 +44,7 @@ import types
 from collections import OrderedDict, deque
 from concurrent.futures import Future
 from contextlib import suppress
+from itertools import islice
 from selectors import EVENT_READ, EVENT_WRITE, DefaultSelector
 from typing import Any, Awaitable, Callable, Coroutine, Iterable
 
@@ -176,8 +177,7 @@ async def spawn(corofunc: Callable[..., Coroutine] | Coroutine, *args: Any,
     A `daemon` task runs for ever in the background; nobody is expected to join it.
     """
     task = await _trap("trap_spawn", _coroutine(corofunc, args))
-    if daemon:
-        task.daemon = True
+    task.daemon = daemon
     return task
 
 
@@ -222,24 +222,22 @@ def _coroutine(corofunc, args) -> Coroutine:
 class Task:
     """One coroutine under the kernel's care. Made by `spawn`, not by hand."""
 
-    _last_id = 0
+    # For people:    state, what it waits for; cycles, how often it had the processor;
+    #                daemon, nobody will join it; joined, somebody did, or need not
+    # Where it is:   cancel_func takes it out of where it waits (None: it does not wait);
+    #                future, the one it waits for: answers of others are stale
+    # Clocks:        sleep, when it wakes; timeout, when its `timeout_after` ends
+    # Cancellation:  cancelled, once is enough; cancel_pending, not delivered yet;
+    #                allow_cancel, False inside `disable_cancellation`
+    # Its end:       terminated; joining, the waiting room of those who wait for it
+    # In between:    _trap_result, the answer that it gets when it runs next
 
-    daemon = False          # nobody will join it
-    state = "INITIAL"       # for people: what it waits for
-    cycles = 0              # how often it was given the processor
-    cancel_func = None      # takes it out of where it waits; None if it does not wait
-    future = None           # the future it waits for: answers of others are stale
-    sleep = None            # when it wakes from `sleep` (kernel's clock)
-    timeout = None          # when its `timeout_after` ends (kernel's clock)
-    joining = None          # the waiting room of those that wait for its end
-    cancelled = None        # has been cancelled (once is enough)
-    cancel_pending = None   # a cancellation that could not be delivered yet
-    allow_cancel = True     # False inside `disable_cancellation`
-    terminated = False
-    joined = False          # somebody took notice of its end
-    _trap_result = None     # the answer to give when it runs next
-    _final_result = None
-    _final_exc = None
+    state, cycles = "INITIAL", 0
+    daemon = joined = cancelled = terminated = False
+    cancel_func = future = sleep = timeout = joining = cancel_pending = None
+    allow_cancel = True
+    _trap_result = _final_result = _final_exc = None
+    _last_id = 0
 
     def __init__(self, coro: Coroutine, parent: Task | None = None) -> None:
         Task._last_id = self.id = Task._last_id + 1
@@ -270,8 +268,7 @@ class Task:
             raise TaskError("Task crash") from self._final_exc
         return self._final_result
 
-    async def cancel(self, *, exc: type[BaseException] | BaseException = TaskCancelled,
-                     blocking: bool = True) -> None:
+    async def cancel(self, *, exc=TaskCancelled, blocking: bool = True) -> None:
         """Raise `exc` in the task where it waits; wait for its end if `blocking`.
 
         A task that does not wait just now gets it as soon as it does. A task may clean
@@ -341,8 +338,10 @@ class SchedFIFO:
         return lambda: self._tasks.pop(task)
 
     def _kernel_wake(self, ntasks: int = 1) -> list[Task]:
-        return [self._tasks.popitem(last=False)[0]
-                for _ in range(min(ntasks, len(self._tasks)))]
+        tasks = list(islice(self._tasks, ntasks))
+        for task in tasks:
+            del self._tasks[task]
+        return tasks
 
     async def suspend(self, reason: str = "SUSPEND") -> None:
         """Sit down in the room until called."""
@@ -357,13 +356,7 @@ class SchedBarrier(SchedFIFO):
     """A waiting room that calls everybody at once."""
 
     def __init__(self) -> None:
-        self._tasks = {}    # lighter: nobody is called from its front one by one
-
-    def _kernel_wake(self, ntasks: int = 1) -> list[Task]:
-        tasks = list(self._tasks)[:ntasks]
-        for task in tasks:
-            del self._tasks[task]
-        return tasks
+        self._tasks = {}    # lighter, but slow if called from its front one by one
 
     async def wake(self, n: int | None = None) -> None:
         """Call n tasks, or all."""
@@ -421,8 +414,7 @@ class Semaphore:
         else:
             self.value += 1
 
-    async def __aenter__(self) -> None:
-        await self.acquire()
+    __aenter__ = acquire
 
     async def __aexit__(self, *exc_info) -> None:
         await self.release()
@@ -475,47 +467,41 @@ class Queue:
 # none, a timeout has come out of a block where it should have been caught.
 # =====================================================================================
 
+FOREVER = float("inf")
+
+
 class _Timeout:
     """What `timeout_after` and `ignore_after` return without a coroutine."""
 
     def __init__(self, seconds: float | None, ignore: bool, timeout_result: Any = None):
-        self._seconds = seconds
-        self._ignore = ignore
+        self._seconds, self._ignore = seconds, ignore
         self._timeout_result = timeout_result
-        self.expired = False
-        self.result = True
+        self.expired, self.result = False, True
 
     async def __aenter__(self) -> _Timeout:
-        self._task = await current_task()
-        deadline = self._seconds
-        if deadline is not None:
-            deadline += await clock()
-        self._task._deadlines.append(deadline)
+        self._deadlines = (await current_task())._deadlines
+        deadline = FOREVER if self._seconds is None else self._seconds + await clock()
+        self._deadlines.append(deadline)
         self._earlier = await _trap("trap_set_timeout", deadline)
         return self
 
     async def __aexit__(self, kind, exc, tb) -> bool:
         await _trap("trap_unset_timeout", self._earlier)
-        deadlines = self._task._deadlines
-        mine = len(deadlines) - 1
-        try:
-            if kind not in (TaskTimeout, TimeoutCancellationError):
+        *outer, mine = self._deadlines
+        self._deadlines.pop()
+        if kind not in (TaskTimeout, TimeoutCancellationError):
+            return False
+        now = exc.args[0]
+        if any(deadline <= now for deadline in outer):
+            if kind is TimeoutCancellationError:
                 return False
-            expired = [n for n, deadline in enumerate(deadlines)
-                       if deadline is not None and deadline <= exc.args[0]]
-            if not expired:
-                raise UncaughtTimeoutError("Uncaught timeout received") from exc
-            if expired[0] < mine:
-                if kind is TimeoutCancellationError:
-                    return False
-                raise TimeoutCancellationError(exc.args[0]).with_traceback(tb) from None
-            self.expired = True
-            self.result = self._timeout_result
-            if self._ignore or kind is TaskTimeout:
-                return self._ignore
-            raise TaskTimeout(exc.args[0]).with_traceback(tb) from None
-        finally:
-            deadlines.pop()
+            raise TimeoutCancellationError(now).with_traceback(tb) from None
+        if mine > now:
+            raise UncaughtTimeoutError("Uncaught timeout received") from exc
+        self.expired, self.result = True, self._timeout_result
+        if self._ignore or kind is TaskTimeout:
+            return self._ignore
+        raise TaskTimeout(now).with_traceback(tb) from None
 
 
 async def _run_within(timeout: _Timeout, corofunc, args) -> Any:
@@ -667,7 +653,7 @@ class Kernel:
             # There is at most one timer of ours in pika's heap, so that the poll ends
             # in time; it does nothing else.
             now = time.monotonic()
-            due = self._timers[0][0] if self._timers else float("inf")
+            due = self._timers[0][0] if self._timers else FOREVER
             when = max(now, due) if main and not self._ready else now
             if when != self._alarm_at:
                 self.loop.remove_timeout(self._alarm)
