@@ -16,8 +16,8 @@ has understood something whole:
 
 The kernel follows Curio (David Beazley, https://github.com/dabeaz/curio): the traps
 have its names, arguments and meanings. What is ours is the pump: the kernel owns no
-poll but lives as a guest in the `IOLoop` of pika, which reads and writes the sockets
-of AMQP in between. Not in here: AMQP frames (pika's), tasks by name (olive_app.py).
+poll, but turns the crank of pika's `IOLoop`, which reads and writes the sockets of AMQP
+on the way. Not in here: AMQP frames (pika's), tasks by name (olive_app.py).
 
 Copy this file into your own project if you like; it needs nothing but pika.
 
@@ -45,7 +45,7 @@ from collections import OrderedDict, deque
 from concurrent.futures import Future
 from contextlib import suppress
 from itertools import islice
-from selectors import EVENT_READ, EVENT_WRITE, DefaultSelector
+from selectors import EVENT_READ, EVENT_WRITE
 from typing import Any, Awaitable, Callable, Coroutine, Iterable
 
 import pika
@@ -216,15 +216,15 @@ def _coroutine(corofunc, args) -> Coroutine:
 # A coroutine knows where it stopped and nothing else. The kernel has to know more:
 # what the task waits for, how to get it out of there, who waits for its end. This is
 # that record. Most tasks never use most of it, so the defaults stand in the class and
-# a new task writes down four things only; it makes spawning twice as fast.
+# a new task writes down only what is its own; it makes spawning twice as fast.
 # =====================================================================================
 
 class Task:
     """One coroutine under the kernel's care. Made by `spawn`, not by hand."""
 
     # For people:    state, what it waits for; cycles, how often it had the processor;
-    #                daemon, nobody will join it; joined, somebody did, or need not
-    # Where it is:   cancel_func takes it out of where it waits (None: it does not wait);
+    #                daemon, it is in the background; joined, its end was noticed
+    # Where it is:   cancel_func takes it out of where it waits, or None: it does not;
     #                future, the one it waits for: answers of others are stale
     # Clocks:        sleep, when it wakes; timeout, when its `timeout_after` ends
     # Cancellation:  cancelled, once is enough; cancel_pending, not delivered yet;
@@ -245,7 +245,7 @@ class Task:
         self.coro = coro
         self.name = getattr(coro, "__qualname__", None)
         self.send = coro.send
-        self._deadlines: list[float | None] = []    # of the timeouts it is in
+        self._deadlines: list[float] = []   # of the timeouts it is in
 
     def __repr__(self) -> str:
         return f"Task(id={self.id}, name={self.name!r}, state={self.state!r})"
@@ -460,11 +460,11 @@ class Queue:
 #         async with timeout_after(9):        stack: [5, 9]    in force: 5
 #             await something()      <-- at 5 the kernel raises TaskTimeout here
 #
-# As the exception travels outwards every block asks the same question: which is the
-# outermost block whose time is up? If it is this one, it is my TaskTimeout. If it is
-# one further out, I am only in its way: the exception goes on, under the name of
-# TimeoutCancellationError, so that nobody in between takes it for his own. If it is
-# none, a timeout has come out of a block where it should have been caught.
+# As the exception travels outwards every block asks the same questions. Is the time of
+# a block further out up? Then I am only in its way: the exception goes on, under the
+# name of TimeoutCancellationError, so that nobody in between takes it for his own. Is
+# mine? Then it is my TaskTimeout. If neither is, a timeout has come out of a block
+# where it should have been caught.
 # =====================================================================================
 
 FOREVER = float("inf")
@@ -562,7 +562,7 @@ SLICE = 0.001           # seconds after which no further task is begun in a turn
 BLOCKED = 0.5           # seconds without waiting; then a task is named in the log
 SHUTDOWN_GRACE = 2.0    # seconds that a cancelled task has, at shutdown, to go
 
-_MASKS = {EVENT_READ: IOLoop.READ, EVENT_WRITE: IOLoop.WRITE}    # Curio's, pika's
+_MASKS = {EVENT_READ: IOLoop.READ, EVENT_WRITE: IOLoop.WRITE}   # of selectors, of pika
 _SUSPENDED = object()   # what a trap answers if the task has to wait
 _WAITING = {"trap_io", "trap_future_wait", "trap_sleep", "trap_sched_wait"}
 
@@ -570,18 +570,20 @@ _WAITING = {"trap_io", "trap_future_wait", "trap_sleep", "trap_sched_wait"}
 class Kernel:
     """Runs coroutines on pika's IOLoop. After Curio's class of the same name.
 
-    `loop` is the IOLoop to live in (made if not given; the kernel closes it at
-    shutdown), `taskcls` the class of its tasks.
+    `loop` is the IOLoop to live in (made if not given; it belongs to the kernel from
+    then on, which closes it at shutdown), `taskcls` the class of its tasks.
     """
 
     def __init__(self, *, loop: IOLoop | None = None, taskcls: type = Task) -> None:
         self.loop = loop or IOLoop()
         self.loop.activate_poller()
-        self._alarm_at, self._alarm = 0.0, self.loop.call_later(0, lambda: None)
+        self._alarm_at = 0.0            # on the clock; see _drive
+        self._alarm = self.loop.call_later(0, self._on_alarm)
         self._taskcls = taskcls
         self._tasks: dict[int, Task] = {}
         self._ready: deque[Task] = deque()
         self._current: Task | None = None
+        self._running = False
         self._timers: list[tuple[float, int, str]] = []     # (clock, task id, kind)
         self._sweep_at = 1000                               # see _set_timer
         # number -> (whose it is, what the loop watches it for, READ or WRITE -> task)
@@ -621,7 +623,7 @@ class Kernel:
         """
         if self._shutdown_funcs is None:
             raise RuntimeError("this kernel was shut down, or crashed: make a new one")
-        if self._current is not None:
+        if self._running:
             raise RuntimeError("this kernel is running already")
         main = self._spawn(_coroutine(corofunc, args)) if corofunc else None
         try:
@@ -629,9 +631,7 @@ class Kernel:
                 self._drive(main)
         finally:
             if shutdown and self._shutdown_funcs is not None:
-                last = self._spawn(self._cancel_all())
-                last.joined = True
-                self._drive(last)
+                self._drive(self._spawn(self._cancel_all()))
                 self._close()
         if main:
             main.joined = True
@@ -648,37 +648,43 @@ class Kernel:
         self._shutdown_funcs.append(func)
 
     def _drive(self, main: Task | None) -> None:
-        self._main = main
-        while True:
-            # There is at most one timer of ours in pika's heap, so that the poll ends
-            # in time; it does nothing else.
-            now = time.monotonic()
-            due = self._timers[0][0] if self._timers else FOREVER
-            when = max(now, due) if main and not self._ready else now
-            if when != self._alarm_at:
-                self.loop.remove_timeout(self._alarm)
-                self._alarm = self.loop.call_later(when - now, lambda: None)
-                self._alarm_at = when
-            self.loop.poll()
-            self.loop.process_timeouts()
-            self._turn()
-            while self._idle:       # see "files" below
-                fd = self._idle.pop()
-                with suppress(KeyError, OSError, ValueError):   # released, or closed
-                    self._watch(fd, self._files[fd][0])
-            if main is None or main.terminated:
-                break
+        self._main, self._running = main, True
+        try:
+            while True:
+                # The poll must not wait when something is ready, nor beyond a timer of
+                # ours, nor at all in a single pass. An alarm in pika's heap ends it.
+                now = time.monotonic()
+                due = self._timers[0][0] if self._timers else FOREVER
+                when = max(now, due) if main and not self._ready else now
+                if when != self._alarm_at:
+                    self.loop.remove_timeout(self._alarm)
+                    self._alarm = self.loop.call_later(when - now, self._on_alarm)
+                    self._alarm_at = when
+                self.loop.poll()
+                self.loop.process_timeouts()
+                self._turn()
+                while self._idle:       # see "files" below
+                    fd = self._idle.pop()
+                    with suppress(KeyError, OSError, ValueError):   # it is closed
+                        self._watch(fd, self._files[fd][0])
+                if main is None or main.terminated:
+                    break
+        finally:
+            self._current, self._running = None, False
+
+    def _on_alarm(self) -> None:
+        self._alarm_at = None
 
     async def _cancel_all(self) -> None:
         me = self._current
         while len(self._tasks) > 1:     # those who go may spawn others on their way
-            for task in sorted(self._tasks.values(), key=lambda t: t.id, reverse=True):
-                if task is not me and not task.terminated:
+            for task in reversed(list(self._tasks.values())):
+                if task is not me:
                     async with ignore_after(SHUTDOWN_GRACE):
                         await task.cancel()
                     if not task.terminated:
                         log.error("%r would not go, and is dropped", task)
-                        del self._tasks[task.id]
+                    self._tasks.pop(task.id, None)
 
     def _close(self) -> None:
         funcs, self._shutdown_funcs = self._shutdown_funcs, None
@@ -691,47 +697,46 @@ class Kernel:
     def _turn(self) -> None:
         ready, traps, main = self._ready, self._traps, self._main
         began = now = time.monotonic()
-        try:
-            self._expire(now)
-            # (a single pass has no main task, and is whole, however long it takes)
-            for _ in range(sys.maxsize if main else len(ready)):
-                if not ready or main and (main.terminated or now - began > SLICE):
+        self._expire(now)
+        # (a single pass has no main task, and is whole, however long it takes)
+        for _ in range(sys.maxsize if main else len(ready)):
+            if not ready or main and (main.terminated or now - began > SLICE):
+                break
+            task = self._current = ready.popleft()
+            task.state = "RUNNING"
+            task.cycles += 1
+            answer, task._trap_result = task._trap_result, None
+            send = task.send
+
+            # The task runs from trap to trap until one of them makes it wait. What a
+            # trap raises is its answer, too.
+            while answer is not _SUSPENDED:
+                try:
+                    request = send(answer)
+                except BaseException as exc:
+                    self._end(task, exc)
                     break
-                task = self._current = ready.popleft()
-                task.state = "RUNNING"
-                task.cycles += 1
-                answer, task._trap_result = task._trap_result, None
-                send = task.send
+                try:
+                    trap = traps[request[0]]
+                except (KeyError, TypeError, IndexError):
+                    # No trap: a fault of the program. Nobody can know any more what
+                    # the other tasks wait for.
+                    self._close()
+                    raise
+                try:
+                    if (task.cancel_pending is not None and task.allow_cancel
+                            and request[0] in _WAITING):
+                        answer, task.cancel_pending = task.cancel_pending, None
+                    else:
+                        answer = trap(*request[1:])
+                except Exception as exc:
+                    answer = exc.with_traceback(None)   # (ours would tell nothing)
 
-                # The task runs from trap to trap until one of them makes it wait.
-                while answer is not _SUSPENDED:
-                    try:
-                        request = send(answer)
-                    except BaseException as exc:
-                        self._end(task, exc)
-                        break
-                    try:
-                        trap = traps[request[0]]
-                    except (KeyError, TypeError, IndexError):
-                        # No trap: a fault of the program. Nobody can know any more
-                        # what the other tasks wait for.
-                        self._close()
-                        raise
-                    try:
-                        if (task.cancel_pending is not None and task.allow_cancel
-                                and request[0] in _WAITING):
-                            answer, task.cancel_pending = task.cancel_pending, None
-                        else:
-                            answer = trap(*request[1:])
-                    except Exception as exc:
-                        answer = exc
-
-                before, now = now, time.monotonic()
-                if now - before > BLOCKED:
-                    log.warning("%r ran for %.1f s without waiting: all else stood "
-                                "still", task, now - before)
-        finally:
-            self._current = None
+            before, now = now, time.monotonic()
+            if now - before > BLOCKED:
+                log.warning("%r ran for %.1f s without waiting: all else stood still",
+                            task, now - before)
+        self._current = None
 
     def _spawn(self, coro: Coroutine) -> Task:
         """Make a task of a coroutine. For callbacks of pika, too, which cannot trap."""
@@ -741,7 +746,10 @@ class Kernel:
         return task
 
     def _schedule(self, task: Task, answer: Any = None) -> None:
-        """Put a task on the ready queue, with the answer to the trap it waits in."""
+        """Put a task on the ready queue, with the answer to the trap it waits in.
+
+        It does not wait any more: a future or a timer that comes later is stale.
+        """
         task._trap_result = answer
         task.state = "READY"
         task.cancel_func = task.future = task.sleep = None
@@ -763,8 +771,7 @@ class Kernel:
             return
         # The first frame of the traceback is the kernel's own: it would keep the turn's
         # variables alive, and tell the reader nothing.
-        if exc.__traceback__ is not None:
-            exc.__traceback__ = exc.__traceback__.tb_next
+        exc.__traceback__ = exc.__traceback__.tb_next
         task._final_exc = exc
         if task is not self._main and not isinstance(exc, (CancelledError, SystemExit)):
             log.error("Task Crash: %r", task, exc_info=exc)
@@ -787,10 +794,10 @@ class Kernel:
 
     def _trap_cancel_task(self, task, exc=TaskCancelled, val=None):
         if not task.cancelled and not task.terminated:
-            task.cancelled = True
-            task.timeout = None     # it is going anyway
             if not isinstance(exc, BaseException):
                 exc = exc(exc.__name__ if val is None else val)
+            task.cancelled = True
+            task.timeout = None     # it is going anyway
             self._interrupt(task, exc)
 
     # -- waiting rooms -----------------------------------------------------------------
@@ -874,7 +881,7 @@ class Kernel:
     # Numbers are used again as soon as a file is closed. Therefore a file has to be
     # released before, even if nobody waits for it just now; the loop is told anew when
     # the owner of a number changes; and whoever was left waiting must not take the
-    # place of the next owner away (`_unwatch` looks).
+    # place of the next owner away (a new table is begun after a release).
 
     def _watch(self, fd: int, owner: object) -> None:
         """Have pika's loop watch a file for what is waited for, or forget it."""
@@ -892,24 +899,17 @@ class Kernel:
         else:
             del self._files[fd]
 
-    def _unwatch(self, fd: int, bit: int, task: Task) -> None:
-        owner, _, waits = self._files.get(fd, (None, 0, {}))
-        if waits.get(bit) is task:
-            del waits[bit]
-            with suppress(OSError, ValueError):
-                self._watch(fd, owner)
-
     def _on_io(self, fd: int, events: int) -> None:
         # An error or a hang-up wakes both sides: their next read or write will show it.
-        failed = events & ~(IOLoop.READ | IOLoop.WRITE)
+        failed = ~(IOLoop.READ | IOLoop.WRITE)
         waits = self._files[fd][2]
         for bit in list(waits):
-            if failed or events & bit:
+            if events & (bit | failed):
                 self._schedule(waits.pop(bit))
         self._idle.append(fd)
 
     def _trap_io(self, fileobj, event, state):
-        fd, bit, task = self._number(fileobj), _MASKS[event], self._current
+        fd, bit = self._number(fileobj), _MASKS[event]
         # Only a socket is known to keep its file for life; a number, or an object that
         # may open another file, counts as a new owner each time.
         owner = fileobj if isinstance(fileobj, socket.socket) else object()
@@ -917,13 +917,19 @@ class Kernel:
         if bit in waits:
             busy = ReadResourceBusy if event == EVENT_READ else WriteResourceBusy
             raise busy(f"another task waits for the same of file {fd}")
-        waits[bit] = task
+        waits[bit] = self._current
+
+        def cancel():
+            waits.pop(bit, None)    # (not there, if the file was released meanwhile)
+            with suppress(KeyError, OSError, ValueError):
+                self._watch(fd, owner)
+
         try:
             self._watch(fd, owner)
         except (OSError, ValueError):   # closed, or nothing to be waited for
-            self._unwatch(fd, bit, task)
+            cancel()
             raise
-        return self._suspend(state, lambda: self._unwatch(fd, bit, task))
+        return self._suspend(state, cancel)
 
     def _trap_io_release(self, fileobj):
         if (fd := self._number(fileobj)) in self._files:
@@ -965,10 +971,10 @@ class Kernel:
 
     def _trap_future_wait(self, future, event):
         task = self._current
-        task.future = future
         future.add_done_callback(lambda future: self._wake(task, future))
         if event is not None:
             event.set()
+        task.future = future
         return self._suspend("FUTURE_WAIT", future.cancel)
 
 
@@ -1442,6 +1448,12 @@ def _process_main(sock: socket.socket) -> None:
     parent = parent_process().sentinel
     threading.Thread(target=lambda: (connection.wait([parent]), os._exit(1)),
                      daemon=True).start()
+    # A child that a task forks must not hold our end: nobody would see us die.
+    def on_fork():
+        with suppress(OSError):     # (this was a fork of a fork)
+            os.close(sock.detach())
+
+    os.register_at_fork(after_in_child=on_fork)
     stream = sock.makefile("rb")
     while head := stream.read(_HEAD.size):
         try:
@@ -1502,24 +1514,29 @@ class ProcessPool:
     async def call(self, func: Callable, args: tuple) -> Any:
         """See `run_in_process`; for those who hold one of the `slots`."""
         call = pickle.dumps((func, args))
-        is_used = bool(self._idle)
-        process, sock = self._idle.pop() if is_used else self._start()
-        try:
-            await _send(sock, _HEAD.pack(len(call)) + call)
-            ok, answer = pickle.loads(await _receive(sock))
-        except BaseException as exc:
-            # Cancelled, dead or speaking nonsense: whatever it is, it is over. (A child
-            # that a task forked may hold a copy of the socket: it has to be released.)
-            await _io_release(sock)
-            sock.close()
+        call = _HEAD.pack(len(call)) + call
+        while True:
+            was_idle = bool(self._idle)
+            process, sock = self._idle.pop() if was_idle else self._start()
             try:
-                if isinstance(exc, BrokenPipeError) and is_used:
-                    return await self.call(func, args)  # it died while it was idle
-                if isinstance(exc, OSError):
-                    exc = await self._obituary(process)
-            finally:
-                process.kill()
-            raise exc from None
+                await _send(sock, call)
+                was_idle = False        # it has begun now
+                ok, answer = pickle.loads(await _receive(sock))
+                break
+            except BaseException as exc:
+                # Cancelled, dead or speaking nonsense: whatever it is, it is over. (A
+                # child that a task forked may hold a copy of our socket, so it has to
+                # be released.)
+                await _io_release(sock)
+                sock.close()
+                try:
+                    if isinstance(exc, BrokenPipeError) and was_idle:
+                        continue        # it died before; the next one, then
+                    if isinstance(exc, OSError):
+                        exc = await self._obituary(process)
+                finally:
+                    process.kill()
+                raise exc from None
         self._idle.append((process, sock))
         if ok:
             return answer

@@ -68,8 +68,8 @@ def wait_until(condition, timeout=30.0, what=""):
 
 
 def gone(pids):
-    """Whether none of these processes runs any more."""
-    out = subprocess.run(["ps", "-eo", "pid=,stat="], capture_output=True, text=True)
+    """Whether no thread of these processes runs any more."""
+    out = subprocess.run(["ps", "-eLo", "pid=,stat="], capture_output=True, text=True)
     return not pids & {int(pid) for pid, stat in map(str.split, out.stdout.splitlines())
                        if not stat.startswith("Z")}
 
@@ -453,6 +453,41 @@ def test_an_unknown_trap_leaves_run_and_the_kernel_is_of_no_more_use():
                   lambda: kernel.run(shutdown=True)):
         with pytest.raises(RuntimeError, match="crashed"):
             again()
+
+
+def test_a_callback_cannot_run_the_kernel_that_runs_it():
+    async def main():
+        kernel = await trap("trap_get_kernel")
+        kernel.loop.call_later(0, callback)
+        await until(lambda: said)
+        return "main"
+
+    def callback():
+        with pytest.raises(RuntimeError, match="running already"):
+            kernel.run(clock)
+        said.append("refused")
+
+    said = []
+    with Kernel() as kernel:
+        assert kernel.run(main) == "main" and said == ["refused"]
+
+
+def test_what_a_trap_raises_is_its_answer():
+    async def main():
+        child = await spawn(forever)
+        await sleep(0)
+        with pytest.raises(TypeError):      # it cannot be made without arguments
+            await child.cancel(exc=UnicodeDecodeError)
+        assert not child.terminated
+        await child.cancel()
+        assert child.terminated
+        with pytest.raises(AttributeError):
+            await trap("trap_future_wait", "no future", None)
+        with pytest.raises(TypeError):
+            await trap("trap_sleep", "long")
+        return await clock()
+
+    assert run(main) > 0
 
 
 def test_a_coroutine_that_yields_no_trap_is_a_type_error():
@@ -1907,6 +1942,62 @@ def test_a_process_dies_whose_socket_a_forked_child_holds():
             child.join()
 
     run(main)
+
+
+def fork_in_worker(path, dies):
+    """Fork a child that lives on; return our own number, or die."""
+    child = os.fork()
+    if not child:
+        time.sleep(60)
+        os._exit(0)
+    path.write_text(str(child))
+    if dies:
+        os._exit(3)
+    return os.getpid()
+
+
+def test_a_process_dies_whose_forked_child_lives(tmp_path):
+    async def main():
+        sweepea.ProcessPool(await sweepea._get_kernel(), 1)
+        worker = await run_in_process(fork_in_worker, tmp_path / "idle", False)
+        os.kill(worker, signal.SIGKILL)
+        await until(lambda: gone({worker}))
+        assert await timeout_after(20, run_in_process, double, 3) == 6
+        with pytest.raises(sweepea.WorkerLost, match="exit code 3"):
+            await timeout_after(20, run_in_process, fork_in_worker, tmp_path / "busy",
+                                True)
+        assert await timeout_after(20, run_in_process, double, 4) == 8
+
+    try:
+        run(main)
+    finally:
+        for path in tmp_path.iterdir():
+            os.kill(int(path.read_text()), signal.SIGKILL)
+
+
+class BrokenAnswer:
+    """Counts the calls that made one, and breaks the pipe when it is unpickled."""
+
+    def __init__(self, path):
+        with open(path, "a") as file:
+            file.write("x")
+
+    def __reduce__(self):
+        return break_pipe, ()
+
+
+def break_pipe():
+    raise BrokenPipeError
+
+
+def test_a_call_that_has_begun_is_not_begun_again(tmp_path):
+    async def main():
+        await run_in_process(double, 1)
+        with pytest.raises((sweepea.WorkerLost, OSError)):
+            await run_in_process(BrokenAnswer, tmp_path / "made")
+
+    run(main)
+    assert (tmp_path / "made").read_text() == "x"
 
 
 def test_a_worker_process_leaves_signals_to_its_parent():
