@@ -36,7 +36,6 @@ import sys
 import time
 import traceback
 import uuid
-from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
@@ -611,9 +610,9 @@ class OliveOly:
         self._consumers: list[tuple] = []               # (channel, consumer tag)
         self._in_hand: set[_Run] = set()
         self._runs: dict[tuple, _Run] = {}              # in hand, or done a while ago
-        # those done, oldest first; apart from them those not acknowledged, since these
-        # will come back for sure, and must not be pushed out by the others
-        self._done: dict[bool, deque[tuple]] = {True: deque(), False: deque()}
+        # those done, in the order in which they were last settled; apart from them the
+        # ones not acknowledged: these come back for sure, and must not be pushed out
+        self._done: dict[bool, dict[tuple, _Run]] = {True: {}, False: {}}
         self._settling = Semaphore(1)                   # see _settle_again
         self._trace = None
         if self.config.trace:
@@ -792,6 +791,7 @@ class OliveOly:
             if known.done:
                 run.started = True
                 await self._settle_again(known)
+                self._keep(key, known)
             return
         self._runs[key] = run
         try:
@@ -802,12 +802,18 @@ class OliveOly:
                     del self._runs[key]
             else:
                 run.body = b""      # only the reply may be needed again
-                kept = self._done[run.acked]
-                kept.append((key, run))
-                if len(kept) > self.config.prefetch + 1:    # (and a suspect)
-                    key, run = kept.popleft()
-                    if self._runs.get(key) is run:
-                        del self._runs[key]
+                self._keep(key, run)
+
+    def _keep(self, key: tuple, run: _Run) -> None:
+        """Keep an outcome, since its message may come back; forget the oldest one."""
+        for kept in self._done.values():
+            kept.pop(key, None)
+        kept = self._done[run.acked]
+        kept[key] = self._runs.setdefault(key, run)
+        if len(kept) > self.config.prefetch + 1:    # (and a suspect)
+            key = next(iter(kept))
+            if self._runs.get(key) is kept.pop(key):
+                del self._runs[key]
 
     async def _work(self, run: _Run) -> None:
         try:
