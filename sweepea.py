@@ -677,6 +677,7 @@ class Kernel:
 
     async def _cancel_all(self) -> None:
         me = self._current
+        me.joined = True
         while len(self._tasks) > 1:     # those who go may spawn others on their way
             for task in reversed(list(self._tasks.values())):
                 if task is not me:

@@ -444,6 +444,7 @@ async def test_cancel_task_raises_what_it_was_told(args, kind, text):
 def test_an_unknown_trap_leaves_run_and_the_kernel_is_of_no_more_use():
     async def main():
         await spawn(forever)
+        await sleep(0)
         await trap("trap_door")
 
     kernel = Kernel()
