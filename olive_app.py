@@ -809,7 +809,8 @@ class OliveOly:
         for kept in self._done.values():
             kept.pop(key, None)
         kept = self._done[run.acked]
-        kept[key] = self._runs.setdefault(key, run)
+        kept[key] = run
+        self._runs.setdefault(key, run)     # (forgotten while it was settled again)
         if len(kept) > self.config.prefetch + 1:    # (and a suspect)
             key = next(iter(kept))
             if self._runs.get(key) is kept.pop(key):

@@ -1210,6 +1210,7 @@ async def test_a_file_released_while_waited_for_can_be_waited_for_anew(pair):
     assert await trap("trap_io_release", pair[0]) is None
     assert await trap("trap_io_waiting", pair[0]) == (None, None)
     await trap("trap_io_release", pair[0])      # nothing to release: quiet
+    await trap("trap_io_release", print)        # no file at all: as quiet (as in Curio)
     other = await waiting(sweepea._read_wait, pair[0])
     pair[1].send(b"x")
     await other.join()
