@@ -4088,7 +4088,8 @@ def test_tls(authority, tmp_path):
 # -- a long run -----------------------------------------------------------------------
 
 def test_a_long_run_stays_flat(broker, tmp_path):
-    drill = Drill(broker.url, tmp_path, "l" + uuid.uuid4().hex[:8])
+    # (few threads: a pool grows as it is needed, and this one is full after one batch)
+    drill = Drill(broker.url, tmp_path, "l" + uuid.uuid4().hex[:8], OLIVE_THREADS="2")
     n = int(os.environ.get("DRILL_LONG", 3000))
     shapes = ["work", "cowork", "pwork", "instant"]
 
