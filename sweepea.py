@@ -41,6 +41,7 @@ import threading
 import time
 import traceback
 import types
+import weakref
 from collections import OrderedDict, deque
 from concurrent.futures import Future
 from contextlib import suppress
@@ -586,9 +587,8 @@ class Kernel:
         self._running = False
         self._timers: list[tuple[float, int, str]] = []     # (clock, task id, kind)
         self._sweep_at = 1000                               # see _set_timer
-        # number -> (whose it is, what the loop watches it for, READ or WRITE -> task)
+        # number -> (its owner, what the loop watches it for, READ or WRITE -> task)
         self._files: dict[int, tuple[object, int, dict[int, Task]]] = {}
-        self._idle: list[int] = []      # numbers that woke somebody in this turn
         self._woken: deque = deque()                        # see _wake
         self._waking = False
         self._shutdown_funcs: list[Callable[[], Any]] | None = []
@@ -663,10 +663,6 @@ class Kernel:
                 self.loop.poll()
                 self.loop.process_timeouts()
                 self._turn()
-                while self._idle:       # see "files" below
-                    fd = self._idle.pop()
-                    with suppress(KeyError, OSError, ValueError):   # it is closed
-                        self._watch(fd, self._files[fd][0])
                 if main is None or main.terminated:
                     break
         finally:
@@ -875,67 +871,54 @@ class Kernel:
     # pika's loop knows a file by its number and calls one handler for it; here one task
     # may wait to read from it and another one to write to it, so there is a little
     # table per number. A wait lasts for one event. But whoever was woken by a file
-    # mostly waits for it again in the turn that follows, and it takes two system calls
-    # to have a file forgotten and watched again. So the loop goes on watching it until
-    # the end of that turn (`_idle`).
+    # mostly waits for it again soon, and it takes two system calls to have a file
+    # forgotten and watched again. So the loop goes on watching it, until an event comes
+    # that nobody waits for.
     #
     # Numbers are used again as soon as a file is closed. Therefore a file has to be
-    # released before, even if nobody waits for it just now; the loop is told anew when
-    # the owner of a number changes; and whoever was left waiting must not take the
-    # place of the next owner away (a new table is begun after a release).
+    # released before; and the loop is told anew when the owner of a number changes.
 
-    def _watch(self, fd: int, owner: object) -> None:
-        """Have pika's loop watch a file for what is waited for, or forget it."""
-        loop, (watched_for, before, waits) = self.loop, self._files[fd]
-        mask = sum(waits)
-        if mask == before and owner is watched_for:
-            return
-        if before:
+    def _watch(self, fd: int, owner: object, waits: dict, bit: int = 0) -> None:
+        """Have pika's loop watch a file for what is waited for, and for `bit`."""
+        mask = sum(waits) | bit
+        if self._files.get(fd, ())[:2] != (owner, mask):
+            self._forget(fd)
+            if mask:
+                self.loop.add_handler(fd, self._on_io, mask | IOLoop.ERROR)
+                self._files[fd] = owner, mask, waits
+
+    def _forget(self, fd: int) -> None:
+        if self._files.pop(fd, None):
             # (closed: the poll has forgotten it; a stranger's by now: pika has)
             with suppress(KeyError, OSError, ValueError):
-                loop.remove_handler(fd)
-        if mask:
-            self._files[fd] = owner, mask, waits
-            loop.add_handler(fd, self._on_io, mask | loop.ERROR)
-        else:
-            del self._files[fd]
+                self.loop.remove_handler(fd)
 
     def _on_io(self, fd: int, events: int) -> None:
         # An error or a hang-up wakes both sides: their next read or write will show it.
         failed = ~(IOLoop.READ | IOLoop.WRITE)
-        waits = self._files[fd][2]
-        for bit in list(waits):
-            if events & (bit | failed):
-                self._schedule(waits.pop(bit))
-        self._idle.append(fd)
+        owner, _, waits = self._files[fd]
+        woken = [bit for bit in waits if events & (bit | failed)]
+        for bit in woken:
+            self._schedule(waits.pop(bit))
+        if not woken:
+            self._watch(fd, owner, waits)
 
     def _trap_io(self, fileobj, event, state):
         fd, bit = self._number(fileobj), _MASKS[event]
-        # Only a socket is known to keep its file for life; a number, or an object that
-        # may open another file, counts as a new owner each time.
-        owner = fileobj if isinstance(fileobj, socket.socket) else object()
-        waits = self._files.setdefault(fd, (owner, 0, {}))[2]
+        waits = self._files[fd][2] if fd in self._files else {}
         if bit in waits:
             busy = ReadResourceBusy if event == EVENT_READ else WriteResourceBusy
             raise busy(f"another task waits for the same of file {fd}")
+        # Only a socket is known to keep its file for life; a number, or an object that
+        # may open another file, counts as a new owner each time. (A weak reference, for
+        # one that nobody has any more shall close.)
+        known = isinstance(fileobj, socket.socket)
+        self._watch(fd, weakref.ref(fileobj) if known else object(), waits, bit)
         waits[bit] = self._current
-
-        def cancel():
-            waits.pop(bit, None)    # (not there, if the file was released meanwhile)
-            with suppress(KeyError, OSError, ValueError):
-                self._watch(fd, owner)
-
-        try:
-            self._watch(fd, owner)
-        except (OSError, ValueError):   # closed, or nothing to be waited for
-            cancel()
-            raise
-        return self._suspend(state, cancel)
+        return self._suspend(state, lambda: waits.pop(bit))
 
     def _trap_io_release(self, fileobj):
-        if (fd := self._number(fileobj)) in self._files:
-            self._files[fd][2].clear()
-            self._watch(fd, None)
+        self._forget(self._number(fileobj))
 
     def _trap_io_waiting(self, fileobj):
         waits = self._files.get(self._number(fileobj), (None, 0, {}))[2]

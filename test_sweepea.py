@@ -1201,7 +1201,9 @@ async def test_a_task_that_reads_in_a_loop_gets_it_all(pair):
         await sweepea._send(pair[1], bytes([n % 256]))
     assert await task.join() == bytes(n % 256 for n in range(1000))
     kernel = await trap("trap_get_kernel")
-    await until(lambda: not kernel._files)      # at the end of the turn
+    assert kernel._files                        # it is watched still ...
+    pair[1].send(b"x")
+    await until(lambda: not kernel._files)      # ... until nobody waits for an event
 
 
 @on_kernel
