@@ -60,6 +60,8 @@ __version__ = "0.1.0"
 
 log = logging.getLogger("sweepea")
 
+Corofunc = Callable[..., Coroutine] | Coroutine     # a function of it, or made already
+
 
 # =====================================================================================
 # 1. Errors
@@ -171,8 +173,7 @@ async def current_task() -> Task:
     return await _trap("trap_get_current")
 
 
-async def spawn(corofunc: Callable[..., Coroutine] | Coroutine, *args: Any,
-                daemon: bool = False) -> Task:
+async def spawn(corofunc: Corofunc, *args: Any, daemon: bool = False) -> Task:
     """Start `corofunc(*args)` as a task of its own, concurrently; return that Task.
 
     A `daemon` task runs for ever in the background; nobody is expected to join it.
@@ -229,23 +230,21 @@ class Task:
     #                future, the one it waits for: answers of others are stale
     # Clocks:        sleep, when it wakes; timeout, when its `timeout_after` ends
     # Cancellation:  cancelled, once is enough; cancel_pending, not delivered yet;
-    #                allow_cancel, False inside `disable_cancellation`
+    #                allow_cancel, which a task may set to False for a while
     # Its end:       terminated; joining, the waiting room of those who wait for it
     # In between:    _trap_result, the answer that it gets when it runs next
 
-    state, cycles = "INITIAL", 0
+    state, cycles, allow_cancel = "INITIAL", 0, True
     daemon = joined = cancelled = terminated = False
     cancel_func = future = sleep = timeout = joining = cancel_pending = None
-    allow_cancel = True
     _trap_result = _final_result = _final_exc = None
     _last_id = 0
 
     def __init__(self, coro: Coroutine, parent: Task | None = None) -> None:
         Task._last_id = self.id = Task._last_id + 1
         self.parentid = parent and parent.id
-        self.coro = coro
+        self.coro, self.send = coro, coro.send
         self.name = getattr(coro, "__qualname__", None)
-        self.send = coro.send
         self._deadlines: list[float] = []   # of the timeouts it is in
 
     def __repr__(self) -> str:
@@ -254,8 +253,7 @@ class Task:
     async def wait(self) -> None:
         """Wait until the task has ended, however it ends."""
         if not self.terminated:
-            if self.joining is None:
-                self.joining = SchedBarrier()
+            self.joining = self.joining or SchedBarrier()
             await _trap("trap_sched_wait", self.joining, "TASK_JOIN")
 
     async def join(self) -> Any:
@@ -276,10 +274,9 @@ class Task:
         up, even await things, on its way out; a second cancel does not disturb that.
         """
         self.joined = True
-        if not self.terminated:
-            await _trap("trap_cancel_task", self, exc)
-            if blocking:
-                await self.wait()
+        await _trap("trap_cancel_task", self, exc)
+        if blocking:
+            await self.wait()
 
     @property
     def result(self) -> Any:
@@ -294,20 +291,6 @@ class Task:
         if not self.terminated:
             raise RuntimeError("Task not terminated")
         return self._final_exc
-
-
-class disable_cancellation:
-    """`async with disable_cancellation():` keeps cancellations out of the block.
-
-    One that comes meanwhile is kept, and raised at the first trap that waits after it.
-    """
-
-    async def __aenter__(self) -> None:
-        self._task = await current_task()
-        self._before, self._task.allow_cancel = self._task.allow_cancel, False
-
-    async def __aexit__(self, *exc_info) -> None:
-        self._task.allow_cancel = self._before
 
 
 # =====================================================================================
@@ -368,8 +351,7 @@ class Event:
     """A flag that tasks wait for."""
 
     def __init__(self) -> None:
-        self._set = False
-        self._waiting = SchedBarrier()
+        self._set, self._waiting = False, SchedBarrier()
 
     def is_set(self) -> bool:
         """Whether the flag is up."""
@@ -398,8 +380,7 @@ class Semaphore:
     """
 
     def __init__(self, value: int = 1) -> None:
-        self.value = value
-        self._waiting = SchedFIFO()
+        self.value, self._waiting = value, SchedFIFO()
 
     async def acquire(self) -> None:
         """Take a permit, waiting for one if need be."""
@@ -430,12 +411,7 @@ class Queue:
 
     def __init__(self, maxsize: int = 0) -> None:
         self._items: deque = deque()
-        self._filled = Semaphore(0)
-        self._free = Semaphore(maxsize or sys.maxsize)
-
-    def qsize(self) -> int:
-        """How many items lie in the queue."""
-        return len(self._items)
+        self._filled, self._free = Semaphore(0), Semaphore(maxsize or sys.maxsize)
 
     async def put(self, item: Any) -> None:
         """Add an item, waiting for a free place if need be."""
@@ -475,8 +451,7 @@ class _Timeout:
     """What `timeout_after` and `ignore_after` return without a coroutine."""
 
     def __init__(self, seconds: float | None, ignore: bool, timeout_result: Any = None):
-        self._seconds, self._ignore = seconds, ignore
-        self._timeout_result = timeout_result
+        self._seconds, self._ignore, self._instead = seconds, ignore, timeout_result
         self.expired, self.result = False, True
 
     async def __aenter__(self) -> _Timeout:
@@ -488,28 +463,26 @@ class _Timeout:
 
     async def __aexit__(self, kind, exc, tb) -> bool:
         await _trap("trap_unset_timeout", self._earlier)
-        *outer, mine = self._deadlines
-        self._deadlines.pop()
+        mine, outer = self._deadlines.pop(), self._deadlines
         if kind not in (TaskTimeout, TimeoutCancellationError):
             return False
         now = exc.args[0]
         if any(deadline <= now for deadline in outer):
-            if kind is TimeoutCancellationError:
-                return False
             raise TimeoutCancellationError(now).with_traceback(tb) from None
         if mine > now:
             raise UncaughtTimeoutError("Uncaught timeout received") from exc
-        self.expired, self.result = True, self._timeout_result
-        if self._ignore or kind is TaskTimeout:
-            return self._ignore
+        self.expired, self.result = True, self._instead
+        if self._ignore:
+            return True
         raise TaskTimeout(now).with_traceback(tb) from None
 
+    def _over(self, corofunc, args) -> Any:
+        return self._run(_coroutine(corofunc, args)) if corofunc else self
 
-async def _run_within(timeout: _Timeout, corofunc, args) -> Any:
-    coro = _coroutine(corofunc, args)
-    async with timeout:
-        return await coro
-    return timeout.result
+    async def _run(self, coro) -> Any:
+        async with self:
+            return await coro
+        return self.result
 
 
 def timeout_after(seconds: float | None, corofunc=None, *args) -> Any:
@@ -518,8 +491,7 @@ def timeout_after(seconds: float | None, corofunc=None, *args) -> Any:
     `await timeout_after(5, func, *args)` for one call, `async with timeout_after(5):`
     for a block. None means no limit. After Curio's function of the same name.
     """
-    timeout = _Timeout(seconds, ignore=False)
-    return _run_within(timeout, corofunc, args) if corofunc else timeout
+    return _Timeout(seconds, ignore=False)._over(corofunc, args)
 
 
 def ignore_after(seconds: float | None, corofunc=None, *args,
@@ -529,8 +501,7 @@ def ignore_after(seconds: float | None, corofunc=None, *args,
     The call returns `timeout_result`; the block ends, with `expired` set on the object
     that `as` gives, and `timeout_result` as its `result` (True otherwise).
     """
-    timeout = _Timeout(seconds, ignore=True, timeout_result=timeout_result)
-    return _run_within(timeout, corofunc, args) if corofunc else timeout
+    return _Timeout(seconds, True, timeout_result)._over(corofunc, args)
 
 
 # =====================================================================================
@@ -568,6 +539,10 @@ _SUSPENDED = object()   # what a trap answers if the task has to wait
 _WAITING = {"trap_io", "trap_future_wait", "trap_sleep", "trap_sched_wait"}
 
 
+def _number(fileobj) -> int:
+    return getattr(fileobj, "fileno", lambda: fileobj)()    # (or it is the number)
+
+
 class Kernel:
     """Runs coroutines on pika's IOLoop. After Curio's class of the same name.
 
@@ -578,41 +553,32 @@ class Kernel:
     def __init__(self, *, loop: IOLoop | None = None, taskcls: type = Task) -> None:
         self.loop = loop or IOLoop()
         self.loop.activate_poller()
-        self._alarm_at = 0.0            # on the clock; see _drive
-        self._alarm = self.loop.call_later(0, self._on_alarm)
         self._taskcls = taskcls
         self._tasks: dict[int, Task] = {}
         self._ready: deque[Task] = deque()
-        self._current: Task | None = None
-        self._running = False
-        self._timers: list[tuple[float, int, str]] = []     # (clock, task id, kind)
-        self._sweep_at = 1000                               # see _set_timer
+        self._current, self._running = None, False
+        self._timers, self._sweep_at = [], 1000     # of (clock, task id, kind)
         # number -> (its owner, what the loop watches it for, READ or WRITE -> task)
         self._files: dict[int, tuple[object, int, dict[int, Task]]] = {}
-        self._woken: deque = deque()                        # see _wake
-        self._waking = False
-        self._shutdown_funcs: list[Callable[[], Any]] | None = []
+        self._woken, self._waking = deque(), False  # of (task, future)
+        self._shutdown_funcs: list[Callable[[], Any]] | None = []   # None: it is closed
+        self._call_at_shutdown = self._shutdown_funcs.append
         self._traps: dict[str, Callable] = {
-            "trap_io": self._trap_io,
-            "trap_io_release": self._trap_io_release,
+            "trap_io": self._trap_io, "trap_io_release": self._trap_io_release,
             "trap_io_waiting": self._trap_io_waiting,
             "trap_future_wait": self._trap_future_wait,
-            "trap_spawn": self._spawn,
-            "trap_cancel_task": self._trap_cancel_task,
-            "trap_sleep": self._trap_sleep,
+            "trap_spawn": self._spawn, "trap_cancel_task": self._trap_cancel_task,
             "trap_sched_wait": self._trap_sched_wait,
             "trap_sched_wake": self._trap_sched_wake,
-            "trap_clock": time.monotonic,
+            "trap_sleep": self._trap_sleep, "trap_clock": time.monotonic,
             "trap_set_timeout": self._trap_set_timeout,
             "trap_unset_timeout": self._trap_unset_timeout,
-            "trap_get_kernel": lambda: self,
-            "trap_get_current": lambda: self._current,
+            "trap_get_kernel": lambda: self, "trap_get_current": lambda: self._current,
         }
 
     # -- driving it --------------------------------------------------------------------
 
-    def run(self, corofunc: Callable[..., Coroutine] | Coroutine | None = None,
-            *args: Any, shutdown: bool = False) -> Any:
+    def run(self, corofunc: Corofunc | None = None, *args, shutdown=False) -> Any:
         """Run `corofunc(*args)` until it ends; return its result or raise what it did.
 
         Other tasks stay where they are and go on with the next `run`. Without a
@@ -621,17 +587,15 @@ class Kernel:
 
         Raises RuntimeError if the kernel is running already, or was shut down.
         """
-        if self._shutdown_funcs is None:
-            raise RuntimeError("this kernel was shut down, or crashed: make a new one")
-        if self._running:
-            raise RuntimeError("this kernel is running already")
+        if self._running or self._shutdown_funcs is None:
+            raise RuntimeError("kernel is running already, was shut down or crashed")
         main = self._spawn(_coroutine(corofunc, args)) if corofunc else None
         try:
             if main or not shutdown:
                 self._drive(main)
         finally:
             if shutdown and self._shutdown_funcs is not None:
-                self._drive(self._spawn(self._cancel_all()))
+                self.run(self._cancel_all)
                 self._close()
         if main:
             main.joined = True
@@ -644,23 +608,17 @@ class Kernel:
         if self._shutdown_funcs is not None:
             self.run(shutdown=True)
 
-    def _call_at_shutdown(self, func: Callable[[], Any]) -> None:
-        self._shutdown_funcs.append(func)
-
     def _drive(self, main: Task | None) -> None:
         self._main, self._running = main, True
         try:
             while True:
                 # The poll must not wait when something is ready, nor beyond a timer of
                 # ours, nor at all in a single pass. An alarm in pika's heap ends it.
-                now = time.monotonic()
                 due = self._timers[0][0] if self._timers else FOREVER
-                when = max(now, due) if main and not self._ready else now
-                if when != self._alarm_at:
-                    self.loop.remove_timeout(self._alarm)
-                    self._alarm = self.loop.call_later(when - now, self._on_alarm)
-                    self._alarm_at = when
+                wait = max(0, due - time.monotonic()) if main and not self._ready else 0
+                alarm = self.loop.call_later(wait, lambda: None)
                 self.loop.poll()
+                self.loop.remove_timeout(alarm)
                 self.loop.process_timeouts()
                 self._turn()
                 if main is None or main.terminated:
@@ -668,20 +626,14 @@ class Kernel:
         finally:
             self._current, self._running = None, False
 
-    def _on_alarm(self) -> None:
-        self._alarm_at = None
-
     async def _cancel_all(self) -> None:
-        me = self._current
-        me.joined = True
-        while len(self._tasks) > 1:     # those who go may spawn others on their way
-            for task in reversed(list(self._tasks.values())):
-                if task is not me:
-                    async with ignore_after(SHUTDOWN_GRACE):
-                        await task.cancel()
-                    if not task.terminated:
-                        log.error("%r would not go, and is dropped", task)
-                    self._tasks.pop(task.id, None)
+        # (once more, as long as those who go spawn others on their way)
+        while others := [t for t in self._tasks.values() if t is not self._current]:
+            for task in reversed(others):
+                await ignore_after(SHUTDOWN_GRACE, task.cancel)
+                if not task.terminated:
+                    log.error("%r would not go, and is dropped", task)
+                self._tasks.pop(task.id, None)
 
     def _close(self) -> None:
         funcs, self._shutdown_funcs = self._shutdown_funcs, None
@@ -703,13 +655,12 @@ class Kernel:
             task.state = "RUNNING"
             task.cycles += 1
             answer, task._trap_result = task._trap_result, None
-            send = task.send
 
             # The task runs from trap to trap until one of them makes it wait. What a
             # trap raises is its answer, too.
             while answer is not _SUSPENDED:
                 try:
-                    request = send(answer)
+                    request = task.send(answer)
                 except BaseException as exc:
                     self._end(task, exc)
                     break
@@ -720,19 +671,17 @@ class Kernel:
                     # the other tasks wait for.
                     self._close()
                     raise
+                if task.cancel_pending and task.allow_cancel and request[0] in _WAITING:
+                    answer, task.cancel_pending = task.cancel_pending, None
+                    continue
                 try:
-                    if (task.cancel_pending is not None and task.allow_cancel
-                            and request[0] in _WAITING):
-                        answer, task.cancel_pending = task.cancel_pending, None
-                    else:
-                        answer = trap(*request[1:])
+                    answer = trap(*request[1:])
                 except Exception as exc:
                     answer = exc.with_traceback(None)   # (ours would tell nothing)
 
             before, now = now, time.monotonic()
             if now - before > BLOCKED:
-                log.warning("%r ran for %.1f s without waiting: all else stood still",
-                            task, now - before)
+                log.warning("%r ran for %.1f s without waiting", task, now - before)
         self._current = None
 
     def _spawn(self, coro: Coroutine) -> Task:
@@ -747,19 +696,16 @@ class Kernel:
 
         It does not wait any more: a future or a timer that comes later is stale.
         """
-        task._trap_result = answer
-        task.state = "READY"
+        task.state, task._trap_result = "READY", answer
         task.cancel_func = task.future = task.sleep = None
         self._ready.append(task)
 
     def _suspend(self, state: str, cancel_func: Callable[[], Any]) -> object:
-        self._current.state = state
-        self._current.cancel_func = cancel_func
+        self._current.state, self._current.cancel_func = state, cancel_func
         return _SUSPENDED
 
     def _end(self, task: Task, exc: BaseException) -> None:
-        task.terminated = True
-        task.state = "TERMINATED"
+        task.state, task.terminated = "TERMINATED", True
         self._tasks.pop(task.id, None)      # (it is not there if it was dropped)
         if task.joining is not None:
             self._trap_sched_wake(task.joining, len(task.joining))
@@ -768,8 +714,7 @@ class Kernel:
             return
         # The first frame of the traceback is the kernel's own: it would keep the turn's
         # variables alive, and tell the reader nothing.
-        exc.__traceback__ = exc.__traceback__.tb_next
-        task._final_exc = exc
+        task._final_exc = exc.with_traceback(exc.__traceback__.tb_next)
         if task is not self._main and not isinstance(exc, (CancelledError, SystemExit)):
             log.error("Task Crash: %r", task, exc_info=exc)
         if not isinstance(exc, (Exception, CancelledError)):
@@ -793,8 +738,7 @@ class Kernel:
         if not task.cancelled and not task.terminated:
             if not isinstance(exc, BaseException):
                 exc = exc(exc.__name__ if val is None else val)
-            task.cancelled = True
-            task.timeout = None     # it is going anyway
+            task.cancelled, task.timeout = True, None       # it is going anyway
             self._interrupt(task, exc)
 
     # -- waiting rooms -----------------------------------------------------------------
@@ -818,19 +762,17 @@ class Kernel:
     def _set_timer(self, task: Task, kind: str, clock: float) -> None:
         setattr(task, kind, clock)
         if len(self._timers) > self._sweep_at:
-            self._timers[:] = {timer for timer in self._timers if self._counts(timer)}
-            heapq.heapify(self._timers)
+            # (what is sorted is a heap)
+            self._timers = sorted({t for t in self._timers if self._counts(t)})
             self._sweep_at = 2 * len(self._timers) + 1000
         heapq.heappush(self._timers, (clock, task.id, kind))
 
     def _counts(self, timer: tuple[float, int, str]) -> bool:
-        clock, taskid, kind = timer
-        return getattr(self._tasks.get(taskid), kind, None) == clock
+        return getattr(self._tasks.get(timer[1]), timer[2], None) == timer[0]
 
     def _expire(self, now: float) -> None:
-        timers = self._timers
-        while timers and timers[0][0] <= now:
-            timer = heapq.heappop(timers)
+        while self._timers and self._timers[0][0] <= now:
+            timer = heapq.heappop(self._timers)
             if self._counts(timer):
                 task = self._tasks[timer[1]]
                 if timer[2] == "sleep":
@@ -840,11 +782,11 @@ class Kernel:
                     self._interrupt(task, TaskTimeout(now))
 
     def _trap_sleep(self, seconds):
-        task, now = self._current, time.monotonic()
+        now = time.monotonic()
         if seconds <= 0:
-            self._schedule(task, now)
+            self._schedule(self._current, now)
             return _SUSPENDED
-        self._set_timer(task, "sleep", now + seconds)
+        self._set_timer(self._current, "sleep", now + seconds)
         return self._suspend("TIME_SLEEP", lambda: None)
 
     def _trap_set_timeout(self, clock):
@@ -894,17 +836,17 @@ class Kernel:
                 self.loop.remove_handler(fd)
 
     def _on_io(self, fd: int, events: int) -> None:
-        # An error or a hang-up wakes both sides: their next read or write will show it.
-        failed = ~(IOLoop.READ | IOLoop.WRITE)
+        # An error or a hang-up (the bits from ERROR upwards) wakes both sides: their
+        # next read or write will show it.
         owner, _, waits = self._files[fd]
-        woken = [bit for bit in waits if events & (bit | failed)]
+        woken = [bit for bit in waits if events & bit or events >= IOLoop.ERROR]
         for bit in woken:
             self._schedule(waits.pop(bit))
         if not woken:
             self._watch(fd, owner, waits)
 
     def _trap_io(self, fileobj, event, state):
-        fd, bit = self._number(fileobj), _MASKS[event]
+        fd, bit = _number(fileobj), _MASKS[event]
         waits = self._files[fd][2] if fd in self._files else {}
         if bit in waits:
             busy = ReadResourceBusy if event == EVENT_READ else WriteResourceBusy
@@ -918,17 +860,11 @@ class Kernel:
         return self._suspend(state, lambda: waits.pop(bit))
 
     def _trap_io_release(self, fileobj):
-        self._forget(self._number(fileobj))
+        self._forget(_number(fileobj))
 
     def _trap_io_waiting(self, fileobj):
-        waits = self._files.get(self._number(fileobj), (None, 0, {}))[2]
+        waits = self._files.get(_number(fileobj), (None, 0, {}))[2]
         return waits.get(IOLoop.READ), waits.get(IOLoop.WRITE)
-
-    def _number(self, fileobj) -> int:
-        try:
-            return fileobj if isinstance(fileobj, int) else fileobj.fileno()
-        except (AttributeError, OSError, ValueError):
-            return -1       # closed, or no file at all
 
     # -- other threads -----------------------------------------------------------------
     #
@@ -962,10 +898,9 @@ class Kernel:
         return self._suspend("FUTURE_WAIT", future.cancel)
 
 
-def run(corofunc: Callable[..., Coroutine] | Coroutine, *args: Any) -> Any:
+def run(corofunc: Corofunc, *args: Any) -> Any:
     """Run `corofunc(*args)` on a kernel of its own: made, used and shut down."""
-    with Kernel() as kernel:
-        return kernel.run(corofunc, *args)
+    return Kernel().run(corofunc, *args, shutdown=True)
 
 
 # =====================================================================================
