@@ -1373,7 +1373,8 @@ def _process_main(sock: socket.socket) -> None:
             os.close(sock.detach())
 
     os.register_at_fork(after_in_child=on_fork)
-    stream = sock.makefile("rb")
+    # (read as a file: sock.makefile would take a detour through Python each time)
+    stream = open(sock.fileno(), "rb", closefd=False)
     while head := stream.read(_HEAD.size):
         try:
             func, args = pickle.loads(stream.read(*_HEAD.unpack(head)))
