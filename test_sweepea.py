@@ -1611,6 +1611,44 @@ def closed_port():
         return server.getsockname()[1]
 
 
+def test_the_bell_of_the_loop():
+    def ring():
+        for n in range(100_000):            # (more than a pipe holds)
+            loop.add_callback_threadsafe(lambda n=n: called.append(n))
+
+    async def main():
+        thread = threading.Thread(target=ring)
+        thread.start()
+        await until(lambda: len(called) == 100_000)
+        thread.join()
+
+    called = []
+    with Kernel() as kernel:
+        loop = kernel.loop
+        ring()                              # nobody listens yet, and nobody waits
+        assert not called
+        kernel.run(until, lambda: called)
+        assert called == list(range(100_000))
+        called.clear()
+        kernel.run(main)                    # from another thread, while it turns
+        assert called == list(range(100_000))
+
+        # One that raises leaves `run`; those behind it are called in the next.
+        loop.add_callback_threadsafe(lambda: 1 / 0)
+        loop.add_callback_threadsafe(lambda: called.append("behind"))
+        with pytest.raises(ZeroDivisionError):
+            kernel.run(forever)
+        kernel.run(until, lambda: called[-1] == "behind")
+
+        # One that rings again does not keep the loop from its other work.
+        def again():
+            loop.add_callback_threadsafe(again)
+
+        again()
+        kernel.run(sleep, 0.01)
+    loop.add_callback_threadsafe(forever)   # closed: quiet
+
+
 def test_the_urls_are_tried_in_turn(broker):
     async def main():
         dead = f"amqp://guest:guest@127.0.0.1:{closed_port()}/%2F"
