@@ -253,7 +253,7 @@ class Task:
     async def wait(self) -> None:
         """Wait until the task has ended, however it ends."""
         if not self.terminated:
-            self.joining = self.joining or SchedBarrier()
+            self.joining = self.joining or SchedBarrier()   # (an empty one is as good)
             await _trap("trap_sched_wait", self.joining, "TASK_JOIN")
 
     async def join(self) -> Any:
@@ -477,6 +477,7 @@ class _Timeout:
         raise TaskTimeout(now).with_traceback(tb) from None
 
     def _over(self, corofunc, args) -> Any:
+        # a call of one coroutine function is awaited; without one, it is a block
         return self._run(_coroutine(corofunc, args)) if corofunc else self
 
     async def _run(self, coro) -> Any:
