@@ -369,7 +369,7 @@ class Event:
     async def wait(self) -> None:
         """Wait until the flag is up."""
         if not self._set:
-            await self._waiting.suspend("EVENT_WAIT")
+            await _trap("trap_sched_wait", self._waiting, "EVENT_WAIT")
 
 
 class Semaphore:
@@ -387,12 +387,12 @@ class Semaphore:
         if self.value > 0:
             self.value -= 1
         else:
-            await self._waiting.suspend("SEMA_ACQUIRE")
+            await _trap("trap_sched_wait", self._waiting, "SEMA_ACQUIRE")
 
     async def release(self) -> None:
         """Return a permit."""
         if self._waiting:
-            await self._waiting.wake()
+            await _trap("trap_sched_wake", self._waiting, 1)
         else:
             self.value += 1
 
@@ -558,9 +558,9 @@ class Kernel:
         self._tasks: dict[int, Task] = {}
         self._ready: deque[Task] = deque()
         self._current, self._running = None, False
-        self._timers, self._sweep_at = [], 1000     # of (clock, task id, kind)
-        # number -> (its owner, what the loop watches it for, READ or WRITE -> task)
-        self._files: dict[int, tuple[object, int, dict[int, Task]]] = {}
+        self._timers: list[tuple[float, int, str]] = []     # (clock, task id, kind)
+        # number -> (ref() is its owner, what it is watched for, READ or WRITE -> task)
+        self._files: dict[int, tuple[Callable, int, dict[int, Task]]] = {}
         self._woken, self._waking = deque(), False  # of (task, future)
         self._shutdown_funcs: list[Callable[[], Any]] | None = []   # None: it is closed
         self._call_at_shutdown = self._shutdown_funcs.append
@@ -614,12 +614,14 @@ class Kernel:
         try:
             while True:
                 # The poll must not wait when something is ready, nor beyond a timer of
-                # ours, nor at all in a single pass. An alarm in pika's heap ends it.
+                # ours, nor at all in a single pass. An alarm in pika's heap ends it; it
+                # costs as much as the poll, so without a timer there is none.
                 due = self._timers[0][0] if self._timers else FOREVER
                 wait = max(0, due - time.monotonic()) if main and not self._ready else 0
-                alarm = self.loop.call_later(wait, lambda: None)
+                alarm = wait < FOREVER and self.loop.call_later(wait, lambda: None)
                 self.loop.poll()
-                self.loop.remove_timeout(alarm)
+                if alarm:
+                    self.loop.remove_timeout(alarm)
                 self.loop.process_timeouts()
                 self._turn()
                 if main is None or main.terminated:
@@ -756,16 +758,15 @@ class Kernel:
     # One heap holds all the clocks to watch, sleeps and timeouts. Nothing is ever taken
     # out of its middle: an entry counts only if the task still says the same time when
     # the entry comes up. Most timeouts are unset long before, so dead entries pile up.
-    # Whenever the heap has doubled since the last time, they are swept out (and with
-    # them the duplicates that nested timeouts make by setting the outer one again):
-    # on average that costs each entry one look.
+    # A task has two clocks at most. So when there are four entries a task, half of them
+    # or more are dead, and are swept out (and with them the duplicates that nested
+    # timeouts make by setting the outer one again): a look or two for each, on average.
 
     def _set_timer(self, task: Task, kind: str, clock: float) -> None:
         setattr(task, kind, clock)
-        if len(self._timers) > self._sweep_at:
+        if len(self._timers) > 4 * len(self._tasks) + 1000:
             # (what is sorted is a heap)
             self._timers = sorted({t for t in self._timers if self._counts(t)})
-            self._sweep_at = 2 * len(self._timers) + 1000
         heapq.heappush(self._timers, (clock, task.id, kind))
 
     def _counts(self, timer: tuple[float, int, str]) -> bool:
@@ -821,14 +822,16 @@ class Kernel:
     # Numbers are used again as soon as a file is closed. Therefore a file has to be
     # released before; and the loop is told anew when the owner of a number changes.
 
-    def _watch(self, fd: int, owner: object, waits: dict, bit: int = 0) -> None:
-        """Have pika's loop watch a file for what is waited for, and for `bit`."""
-        mask = sum(waits) | bit
-        if self._files.get(fd, ())[:2] != (owner, mask):
-            self._forget(fd)
-            if mask:
-                self.loop.add_handler(fd, self._on_io, mask | IOLoop.ERROR)
-                self._files[fd] = owner, mask, waits
+    def _watch(self, fd: int, fileobj, mask: int, waits: dict[int, Task]) -> None:
+        """Have pika's loop watch a file for the events of the mask, and no others."""
+        self._forget(fd)
+        if mask:
+            self.loop.add_handler(fd, self._on_io, mask | IOLoop.ERROR)
+            # Only a socket is known to keep its file for life; a number, or an object
+            # that may open another file, counts as a new owner each time. (A weak
+            # reference, so that a socket which nobody has any more still closes.)
+            ref = weakref.ref(fileobj) if isinstance(fileobj, socket.socket) else object
+            self._files[fd] = ref, mask, waits
 
     def _forget(self, fd: int) -> None:
         if self._files.pop(fd, None):
@@ -839,24 +842,22 @@ class Kernel:
     def _on_io(self, fd: int, events: int) -> None:
         # An error or a hang-up (the bits from ERROR upwards) wakes both sides: their
         # next read or write will show it.
-        owner, _, waits = self._files[fd]
+        ref, _, waits = self._files[fd]
         woken = [bit for bit in waits if events & bit or events >= IOLoop.ERROR]
         for bit in woken:
             self._schedule(waits.pop(bit))
         if not woken:
-            self._watch(fd, owner, waits)
+            self._watch(fd, ref(), sum(waits), waits)
 
     def _trap_io(self, fileobj, event, state):
         fd, bit = _number(fileobj), _MASKS[event]
-        waits = self._files[fd][2] if fd in self._files else {}
+        ref, watched, waits = self._files.get(fd, (object, 0, {}))
         if bit in waits:
             busy = ReadResourceBusy if event == EVENT_READ else WriteResourceBusy
             raise busy(f"another task waits for the same of file {fd}")
-        # Only a socket is known to keep its file for life; a number, or an object that
-        # may open another file, counts as a new owner each time. (A weak reference, for
-        # one that nobody has any more shall close.)
-        known = isinstance(fileobj, socket.socket)
-        self._watch(fd, weakref.ref(fileobj) if known else object(), waits, bit)
+        mask = sum(waits) | bit
+        if mask != watched or ref() is not fileobj:
+            self._watch(fd, fileobj, mask, waits)
         waits[bit] = self._current
         return self._suspend(state, lambda: waits.pop(bit))
 
