@@ -820,7 +820,7 @@ class Kernel:
     # that nobody waits for.
     #
     # Numbers are used again as soon as a file is closed. Therefore a file has to be
-    # released before; and the loop is told anew when the owner of a number changes.
+    # released before that; and the loop is told anew when a number changes its owner.
 
     def _watch(self, fd: int, fileobj, mask: int, waits: dict[int, Task]) -> None:
         """Have pika's loop watch a file for the events of the mask, and no others."""
@@ -835,7 +835,8 @@ class Kernel:
 
     def _forget(self, fd: int) -> None:
         if self._files.pop(fd, None):
-            # (closed: the poll has forgotten it; a stranger's by now: pika has)
+            # (closed before it was released: the poll has forgotten it, and so has pika
+            # if it had the number itself in between)
             with suppress(KeyError, OSError, ValueError):
                 self.loop.remove_handler(fd)
 
