@@ -60,7 +60,7 @@ __version__ = "0.1.0"
 
 log = logging.getLogger("sweepea")
 
-Corofunc = Callable[..., Coroutine] | Coroutine     # a function of it, or made already
+Corofunc = Callable[..., Coroutine] | Coroutine     # async function or coroutine
 
 
 # =====================================================================================
@@ -253,7 +253,8 @@ class Task:
     async def wait(self) -> None:
         """Wait until the task has ended, however it ends."""
         if not self.terminated:
-            self.joining = self.joining or SchedBarrier()   # (an empty one is as good)
+            # (an empty room counts as none, and gives way to a new one)
+            self.joining = self.joining or SchedBarrier()
             await _trap("trap_sched_wait", self.joining, "TASK_JOIN")
 
     async def join(self) -> Any:
@@ -448,7 +449,7 @@ FOREVER = float("inf")
 
 
 class _Timeout:
-    """What `timeout_after` and `ignore_after` return without a coroutine."""
+    """A deadline around a block, or around one call (`_over`)."""
 
     def __init__(self, seconds: float | None, ignore: bool, timeout_result: Any = None):
         self._seconds, self._ignore, self._instead = seconds, ignore, timeout_result
@@ -477,12 +478,12 @@ class _Timeout:
         raise TaskTimeout(now).with_traceback(tb) from None
 
     def _over(self, corofunc, args) -> Any:
-        # a call of one coroutine function is awaited; without one, it is a block
-        return self._run(_coroutine(corofunc, args)) if corofunc else self
+        # `await` takes the one, `async with` the other
+        return self._run(corofunc, args) if corofunc else self
 
-    async def _run(self, coro) -> Any:
+    async def _run(self, corofunc, args) -> Any:
         async with self:
-            return await coro
+            return await _coroutine(corofunc, args)
         return self.result
 
 
@@ -554,14 +555,13 @@ class Kernel:
     def __init__(self, *, loop: IOLoop | None = None, taskcls: type = Task) -> None:
         self.loop = loop or _Loop()
         self.loop.activate_poller()
-        self._taskcls = taskcls
-        self._tasks: dict[int, Task] = {}
+        self._taskcls, self._tasks = taskcls, {}    # (number -> Task)
         self._ready: deque[Task] = deque()
         self._current, self._running = None, False
         self._timers: list[tuple[float, int, str]] = []     # (clock, task id, kind)
         # number -> (ref() is its owner, what it is watched for, READ or WRITE -> task)
         self._files: dict[int, tuple[Callable, int, dict[int, Task]]] = {}
-        self._woken, self._waking = deque(), False  # of (task, future)
+        self._woken, self._waking = deque(), False  # (task, future); see _wake
         self._shutdown_funcs: list[Callable[[], Any]] | None = []   # None: it is closed
         self._call_at_shutdown = self._shutdown_funcs.append
         self._traps: dict[str, Callable] = {
@@ -596,7 +596,7 @@ class Kernel:
                 self._drive(main)
         finally:
             if shutdown and self._shutdown_funcs is not None:
-                self.run(self._cancel_all)
+                self._drive(self._spawn(self._cancel_all()))
                 self._close()
         if main:
             main.joined = True
@@ -614,8 +614,8 @@ class Kernel:
         try:
             while True:
                 # The poll must not wait when something is ready, nor beyond a timer of
-                # ours, nor at all in a single pass. An alarm in pika's heap ends it; it
-                # costs as much as the poll, so without a timer there is none.
+                # ours, nor at all in a single pass. An alarm in pika's heap ends it. It
+                # costs as much as the poll, so there is none if the poll may wait.
                 due = self._timers[0][0] if self._timers else FOREVER
                 wait = max(0, due - time.monotonic()) if main and not self._ready else 0
                 alarm = wait < FOREVER and self.loop.call_later(wait, lambda: None)
@@ -630,6 +630,7 @@ class Kernel:
             self._current, self._running = None, False
 
     async def _cancel_all(self) -> None:
+        self._current.joined = True
         # (once more, as long as those who go spawn others on their way)
         while others := [t for t in self._tasks.values() if t is not self._current]:
             for task in reversed(others):
@@ -786,8 +787,7 @@ class Kernel:
     def _trap_sleep(self, seconds):
         now = time.monotonic()
         if seconds <= 0:
-            self._schedule(self._current, now)
-            return _SUSPENDED
+            return self._schedule(self._current, now) or _SUSPENDED
         self._set_timer(self._current, "sleep", now + seconds)
         return self._suspend("TIME_SLEEP", lambda: None)
 
@@ -819,8 +819,10 @@ class Kernel:
     # forgotten and watched again. So the loop goes on watching it, until an event comes
     # that nobody waits for.
     #
-    # Numbers are used again as soon as a file is closed. Therefore a file has to be
-    # released before that; and the loop is told anew when a number changes its owner.
+    # Numbers are used again as soon as a file is closed. So the loop is told anew when
+    # a number changes its owner; and a file has to be released before it is closed,
+    # even if nobody waits for it any more: the poll watches the open file, not its
+    # number, and while a forked child holds a copy, it can no longer be told to stop.
 
     def _watch(self, fd: int, fileobj, mask: int, waits: dict[int, Task]) -> None:
         """Have pika's loop watch a file for the events of the mask, and no others."""
@@ -835,14 +837,14 @@ class Kernel:
 
     def _forget(self, fd: int) -> None:
         if self._files.pop(fd, None):
-            # (closed before it was released: the poll has forgotten it, and so has pika
+            # (closed before it was released, mostly forgotten by the poll, and by pika
             # if it had the number itself in between)
             with suppress(KeyError, OSError, ValueError):
                 self.loop.remove_handler(fd)
 
     def _on_io(self, fd: int, events: int) -> None:
-        # An error or a hang-up (the bits from ERROR upwards) wakes both sides: their
-        # next read or write will show it.
+        # An error or a hang-up (their bits lie above READ and WRITE) wakes both sides:
+        # their next read or write will show it.
         ref, _, waits = self._files[fd]
         woken = [bit for bit in waits if events & bit or events >= IOLoop.ERROR]
         for bit in woken:
@@ -903,7 +905,8 @@ class Kernel:
 
 def run(corofunc: Corofunc, *args: Any) -> Any:
     """Run `corofunc(*args)` on a kernel of its own: made, used and shut down."""
-    return Kernel().run(corofunc, *args, shutdown=True)
+    with Kernel() as kernel:
+        return kernel.run(corofunc, *args)
 
 
 # =====================================================================================
@@ -939,15 +942,15 @@ class _Loop(IOLoop):
     """pika's loop with a cheaper bell.
 
     To be woken by other threads, pika's loop holds a TCP connection with itself, for
-    that is what every system has. A pipe does it with less work. And while a thread and
-    the loop answer each other in quick succession, the bell is left ringing: reading it
-    would give the thread the interpreter in the midst of a round, and cost both of them
-    a wait. Only a round that finds nothing new silences it.
+    that is what every system has. A pipe beside it does the same with less work. And
+    the bell is not read, thus silenced, in each round: a read lets other threads run,
+    and the loop would have to wait for its turn in Python again. While something new
+    comes it is left ringing; the first round that finds nothing silences it.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._due, self._ringing = deque(), False
+        self._due, self._ringing, self._lock = deque(), False, threading.Lock()
         bell, rope = os.pipe()
         self._bell, self._rope = open(bell, "rb", 0), open(rope, "wb", 0)
         self.add_handler(bell, self._on_bell, self.READ)
@@ -956,7 +959,7 @@ class _Loop(IOLoop):
         self._due.append(callback)      # first, for the same reason as in Kernel._wake
         if not self._ringing:
             self._ringing = True
-            with suppress(ValueError):  # closed: nobody hears it any more
+            with self._lock, suppress(ValueError):      # closed: nobody hears it
                 self._rope.write(b"!")
 
     add_callback = add_callback_threadsafe
@@ -965,13 +968,18 @@ class _Loop(IOLoop):
         if not self._due:
             self._bell.read(1)
             self._ringing = False
+
+    def process_timeouts(self) -> None:
+        # (in every round: if one raises, nobody rings for those behind it)
         for _ in range(len(self._due)):
             self._due.popleft()()
+        super().process_timeouts()
 
     def close(self) -> None:
         super().close()
+        with self._lock:        # (or a ringer might write into who has the number next)
+            self._rope.close()
         self._bell.close()
-        self._rope.close()
 
 
 class _Closable:
@@ -1416,7 +1424,9 @@ def _process_main(sock: socket.socket) -> None:
             os.close(sock.detach())
 
     os.register_at_fork(after_in_child=on_fork)
-    # (read as a file: sock.makefile would take a detour through Python each time)
+    # (read as a file: sock.makefile would take a detour through Python each time; and a
+    # file does not heed `socket.setdefaulttimeout`, which the program may have called)
+    sock.setblocking(True)
     stream = open(sock.fileno(), "rb", closefd=False)
     while head := stream.read(_HEAD.size):
         try:

@@ -1611,6 +1611,49 @@ def closed_port():
         return server.getsockname()[1]
 
 
+def test_nobody_trips_over_a_loop_that_is_closed_while_he_rings():
+    def ring():
+        try:
+            while not over:
+                loops[-1].add_callback_threadsafe(lambda: None)
+        except BaseException as exc:
+            tripped.append(exc)
+
+    interval, over, tripped = sys.getswitchinterval(), [], []
+    loops = [Kernel().loop]
+    sys.setswitchinterval(1e-5)
+    try:
+        thread = threading.Thread(target=ring)
+        thread.start()
+        for _ in range(300):
+            loops.append(Kernel().loop)
+            loops[-2].close()
+    finally:
+        over.append(True)
+        thread.join()
+        sys.setswitchinterval(interval)
+    loops[-1].close()
+    assert not tripped
+
+
+def test_a_shutdown_is_not_stopped_by_a_task_that_cancels_all():
+    async def revenge():
+        try:
+            await forever()
+        finally:
+            kernel = await trap("trap_get_kernel")
+            for task in list(kernel._tasks.values()):
+                if task is not await current_task():
+                    await task.cancel(blocking=False)
+
+    called = []
+    with Kernel() as kernel:
+        kernel.run(spawn, revenge)
+        kernel.run(sleep, 0)
+        kernel._call_at_shutdown(lambda: called.append(True))
+    assert called
+
+
 def test_the_bell_of_the_loop():
     def ring():
         for n in range(100_000):            # (more than a pipe holds)
