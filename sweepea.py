@@ -478,7 +478,7 @@ class _Timeout:
         raise TaskTimeout(now).with_traceback(tb) from None
 
     def _over(self, corofunc, args) -> Any:
-        # `await` takes the one, `async with` the other
+        # a coroutine, for `await`; or the block itself, for `async with`
         return self._run(corofunc, args) if corofunc else self
 
     async def _run(self, corofunc, args) -> Any:
@@ -538,6 +538,7 @@ SHUTDOWN_GRACE = 2.0    # seconds that a cancelled task has, at shutdown, to go
 
 _MASKS = {EVENT_READ: IOLoop.READ, EVENT_WRITE: IOLoop.WRITE}   # of selectors, of pika
 _SUSPENDED = object()   # what a trap answers if the task has to wait
+# the traps that are answered with a cancellation, if one is due
 _WAITING = {"trap_io", "trap_future_wait", "trap_sleep", "trap_sched_wait"}
 
 
@@ -553,7 +554,7 @@ class Kernel:
     """
 
     def __init__(self, *, loop: IOLoop | None = None, taskcls: type = Task) -> None:
-        self.loop = loop or _Loop()
+        self.loop = loop or _Loop()     # (pika's, with a bell of ours: see chapter 7)
         self.loop.activate_poller()
         self._taskcls, self._tasks = taskcls, {}    # (number -> Task)
         self._ready: deque[Task] = deque()
@@ -615,7 +616,7 @@ class Kernel:
             while True:
                 # The poll must not wait when something is ready, nor beyond a timer of
                 # ours, nor at all in a single pass. An alarm in pika's heap ends it. It
-                # costs as much as the poll, so there is none if the poll may wait.
+                # costs as much as the poll, so there is none if no end is needed.
                 due = self._timers[0][0] if self._timers else FOREVER
                 wait = max(0, due - time.monotonic()) if main and not self._ready else 0
                 alarm = wait < FOREVER and self.loop.call_later(wait, lambda: None)
@@ -727,8 +728,9 @@ class Kernel:
     # -- cancellation ------------------------------------------------------------------
     #
     # An exception can be raised in a task only where it waits, that is: inside a trap.
-    # Elsewhere it becomes `cancel_pending`, and the next trap that waits (`_WAITING`)
-    # is answered with it (in `_turn`).
+    # Elsewhere, and while the task has taken `allow_cancel` down, it becomes
+    # `cancel_pending`. The first trap that waits (`_WAITING`) after that, with
+    # `allow_cancel` up again, is answered with it (in `_turn`).
 
     def _interrupt(self, task: Task, exc: BaseException) -> None:
         if task.allow_cancel and task.cancel_func is not None:

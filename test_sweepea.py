@@ -26,6 +26,7 @@ from dataclasses import FrozenInstanceError, fields
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pika
 import pytest
@@ -1091,6 +1092,48 @@ def test_tasks_stay_between_runs_and_results_and_exceptions_leave_run():
     assert not kernel._tasks
 
 
+def test_a_shutdown_is_not_stopped_by_a_task_that_cancels_all():
+    async def revenge():
+        try:
+            await forever()
+        finally:
+            kernel = await trap("trap_get_kernel")
+            for task in list(kernel._tasks.values()):
+                if task is not await current_task():
+                    await task.cancel(blocking=False)
+
+    called = []
+    with Kernel() as kernel:
+        kernel.run(spawn, revenge)
+        kernel.run(sleep, 0)
+        kernel._call_at_shutdown(lambda: called.append(True))
+    assert called
+
+
+def test_a_run_that_cannot_begin_leaves_nothing_open():
+    async def nullary():
+        pass
+
+    before = len(os.listdir("/dev/fd"))
+    with pytest.raises(TypeError):
+        run(nullary, 1)
+    assert len(os.listdir("/dev/fd")) == before
+
+
+@on_kernel
+async def test_a_call_with_a_deadline_begins_when_it_is_awaited():
+    def make():
+        made.append(True)
+        return sleep(0)
+
+    made = []
+    for limit in timeout_after, ignore_after:
+        call = limit(1, make)
+        assert not made
+        await call
+        assert made.pop()
+
+
 def test_a_kernel_lives_in_a_loop_that_is_given_and_makes_tasks_of_a_class_that_is():
     class MyTask(Task):
         pass
@@ -1611,47 +1654,23 @@ def closed_port():
         return server.getsockname()[1]
 
 
-def test_nobody_trips_over_a_loop_that_is_closed_while_he_rings():
-    def ring():
-        try:
-            while not over:
-                loops[-1].add_callback_threadsafe(lambda: None)
-        except BaseException as exc:
-            tripped.append(exc)
+def test_a_loop_is_not_closed_under_a_thread_that_rings():
+    def write(data):
+        closer.start()
+        closer.join(0.2)        # (what must not happen can only be given time)
+        done.append("rung")
+        return rope.write(data)
 
-    interval, over, tripped = sys.getswitchinterval(), [], []
-    loops = [Kernel().loop]
-    sys.setswitchinterval(1e-5)
-    try:
-        thread = threading.Thread(target=ring)
-        thread.start()
-        for _ in range(300):
-            loops.append(Kernel().loop)
-            loops[-2].close()
-    finally:
-        over.append(True)
-        thread.join()
-        sys.setswitchinterval(interval)
-    loops[-1].close()
-    assert not tripped
+    def close():
+        done.append("closed")
+        rope.close()
 
-
-def test_a_shutdown_is_not_stopped_by_a_task_that_cancels_all():
-    async def revenge():
-        try:
-            await forever()
-        finally:
-            kernel = await trap("trap_get_kernel")
-            for task in list(kernel._tasks.values()):
-                if task is not await current_task():
-                    await task.cancel(blocking=False)
-
-    called = []
-    with Kernel() as kernel:
-        kernel.run(spawn, revenge)
-        kernel.run(sleep, 0)
-        kernel._call_at_shutdown(lambda: called.append(True))
-    assert called
+    done, loop = [], Kernel().loop
+    rope, loop._rope = loop._rope, SimpleNamespace(write=write, close=close)
+    closer = threading.Thread(target=loop.close)
+    loop.add_callback_threadsafe(lambda: None)
+    closer.join()
+    assert done == ["rung", "closed"]
 
 
 def test_the_bell_of_the_loop():
@@ -1682,6 +1701,20 @@ def test_the_bell_of_the_loop():
         with pytest.raises(ZeroDivisionError):
             kernel.run(forever)
         kernel.run(until, lambda: called[-1] == "behind")
+
+        # So are those that come in the moment in which the bell falls silent.
+        def read(n):
+            loop.add_callback_threadsafe(lambda: 1 / 0)
+            loop.add_callback_threadsafe(lambda: called.append("silent"))
+            loop._bell = bell
+            return bell.read(n)
+
+        bell = loop._bell
+        loop._bell = SimpleNamespace(read=read)
+        loop.add_callback_threadsafe(lambda: None)
+        with pytest.raises(ZeroDivisionError):
+            kernel.run(forever)
+        kernel.run(until, lambda: called[-1] == "silent")
 
         # One that rings again does not keep the loop from its other work.
         def again():
@@ -2092,6 +2125,24 @@ def test_a_call_that_has_begun_is_not_begun_again(tmp_path):
 
 def test_a_worker_process_leaves_signals_to_its_parent():
     assert run(run_in_process, signalled) == "alive"
+
+
+def test_a_default_timeout_for_sockets_does_not_reach_the_workers(tmp_path):
+    (tmp_path / "hasty.py").write_text(
+        "import socket\n"
+        "socket.setdefaulttimeout(30)\n"
+        "import os, sweepea\n"
+        "def work(data): return os.getpid(), len(data)\n"
+        "async def main():\n"
+        "    calls = [await sweepea.run_in_process(work, b'x' * size)\n"
+        "             for size in (1, 8 << 20, 1)]\n"
+        "    print(len({pid for pid, _ in calls}), [size for _, size in calls])\n"
+        "if __name__ == '__main__':\n"
+        "    sweepea.run(main)\n")
+    done = subprocess.run([sys.executable, str(tmp_path / "hasty.py")], text=True,
+                          capture_output=True, env={**os.environ,
+                                                    "PYTHONPATH": str(HERE)})
+    assert done.stdout == f"1 [1, {8 << 20}, 1]\n", done.stderr
 
 
 def test_a_worker_process_leaves_when_its_parent_is_killed(tmp_path):
