@@ -8,12 +8,22 @@
     if __name__ == "__main__":
         OliveOly(OliveAppConfig.from_env()).start()
 
-Functions marked with `@task` are run for messages that come from RabbitMQ, in threads,
+Functions marked with `@task` are run for messages that come from RabbitMQ: in threads,
 in processes or, if they are coroutines, on the kernel itself. The messages are those of
 Celery (protocol 2). `python olive_app.py --help` says how to run the demo tasks.
 
 The promise is at-least-once: a message leaves its queue only when its work is done and
-its reply sent, or when it lies, confirmed, in the dead queue.
+its reply sent, or when it lies, confirmed, in the dead queue. Without the promise a
+task queue takes a page. That page comes first, and what can go wrong after it:
+
+    Tasks               functions that may be called by name
+    The app             the plain life of a message; then each thing that can go wrong
+    Running a job       bytes in, bytes out, wherever the job runs
+    Messages            what their properties say, and how they are published again
+    The ladder          messages that wait, inside the broker
+    Settings            one table
+
+What a message asks for is called a job here, since a task is also what the kernel runs.
 
 Copyright (c) 2026 the Sweepea authors. SPDX-License-Identifier: MIT
 """
@@ -31,150 +41,27 @@ import logging
 import os
 import random
 import signal
-import socket
 import sys
 import time
 import traceback
 import uuid
-from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Mapping, NamedTuple
 
 import pika
 from pika.exceptions import AMQPError, ChannelClosedByBroker
 
 import sweepea
 from sweepea import (
-    CancelledError, Event, Kernel, Link, ProcessPool, Semaphore, ThreadPool, WorkerLost,
-    _read_wait, current_task, describe, ignore_after, sleep, spawn)
+    Call, CancelledError, Event, Kernel, Link, ProcessPool, SchedBarrier, ThreadPool,
+    WorkerLost, WorkerStartError, current_task, describe, ignore_after, sleep, spawn)
 
 log = logging.getLogger("olive")
 
-MAX_RESULT = 16 << 20           # bytes of JSON; RabbitMQ 4 takes no larger message
-MAX_HEADERS = 130_000           # bytes; a header frame has to fit into 128 KiB
-MAX_ERROR, MAX_TRACEBACK = 1_000, 16_000    # characters, of what the dead queue keeps
-# Celery's clients know these by name, and where they live:
-MODULES = {"NotRegistered": "celery.exceptions",
-           "WorkerLostError": "billiard.exceptions",
-           "TimeLimitExceeded": "billiard.exceptions"}
-MAX_RETURNS = 5                 # how often a message may come back, and be tried again
-SUSPECT = 3                     # having come back so often, it is a suspect
-LADDER = 17                     # rungs of the ladder of wait queues: 1 s ... 65,536 s
-
-
-# =====================================================================================
-# Settings
-# =====================================================================================
-
-@dataclass(frozen=True)
-class OliveAppConfig:
-    """The settings of an app; `OLIVE_` + the name in capitals is the variable of each.
-
-    Times are in seconds. Raises ValueError, naming the variable, for a value that makes
-    no sense.
-    """
-
-    url: str = "amqp://guest:guest@localhost:5672/%2F"
-    exchange: str = "Olive.x"
-    queue: str = "Olive.q"
-    routing_key: str = "Olive.k"
-    queue_arguments: dict = field(default_factory=dict)
-    dead_queue: str = "Olive.dead"
-    tasks: tuple[str, ...] = ()
-    worker: str = "thread"
-    threads: int = 20
-    processes: int = os.cpu_count() or 1
-    prefetch: int = 80
-    task_timeout: float | None = None
-    grace: float = 30.0
-    log_level: str = "INFO"
-    trace: str = ""
-
-    @property
-    def urls(self) -> list[str]:
-        """The URLs of the brokers to try, in this order."""
-        return [url.strip() for url in self.url.split(",")]
-
-    def __post_init__(self) -> None:
-        def check(ok: bool, name: str, text: str) -> None:
-            if not ok:
-                raise ValueError(f"OLIVE_{name.upper()}: {text}")
-
-        for url in self.urls:
-            try:
-                check(url.startswith(("amqp://", "amqps://")), "url", "")
-                pika.URLParameters(url)
-            except Exception:   # (its text may hold the password)
-                check(False, "url", "must be amqp://user:password@host:port/vhost or "
-                      "amqps://..., or several of them, separated by commas")
-        for name in ("exchange", "queue", "routing_key", "dead_queue"):
-            value = getattr(self, name)
-            # 255 bytes is the limit of AMQP, and the wait queues add to the name
-            check(isinstance(value, str) and value.isprintable()
-                  and 0 < len(value.encode()) <= 240, name,
-                  "must have 1 to 240 bytes of printable text")
-            check(not value.startswith("amq."), name, "'amq.' belongs to the broker")
-        check(self.dead_queue not in (self.queue, suspects(self.queue)), "dead_queue",
-              "must not be OLIVE_QUEUE, nor its queue of suspects")
-        check(isinstance(self.queue_arguments, dict), "queue_arguments",
-              'must be a JSON object, such as {"x-queue-type": "quorum"}')
-        check(self.worker in ("thread", "process"), "worker",
-              f"must be thread or process, not {self.worker!r}")
-        for name, most in {"threads": 10_000, "processes": 1_000,
-                           "prefetch": 65_535}.items():
-            value = getattr(self, name)
-            check(type(value) is int and 1 <= value <= most, name,
-                  f"must be a whole number from 1 to {most}, not {value!r}")
-        for name in "task_timeout", "grace":
-            value = getattr(self, name)
-            least = "at least" if name == "grace" else "above"
-            check(isinstance(value, (int, float)) and 0 <= value < 1e9
-                  and (value > 0 or name == "grace")
-                  or value is None and name == "task_timeout",
-                  name, f"must be a number of seconds {least} 0, not {value!r}")
-        check(self.log_level in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
-              "log_level", "must be DEBUG, INFO, WARNING, ERROR or CRITICAL")
-        folder = os.path.dirname(self.trace) or "."
-        check(os.access(folder, os.W_OK) and not os.path.isdir(self.trace), "trace",
-              f"cannot write the file {self.trace!r}")
-
-    @classmethod
-    def from_env(cls, environ: Mapping[str, str] = os.environ) -> OliveAppConfig:
-        """Read the settings from the environment; an empty value means the default.
-
-        A value that makes no sense: one line on stderr, exit status 2.
-        """
-        readers: dict[str, Callable] = {
-            "threads": int, "processes": int, "prefetch": int, "task_timeout": float,
-            "grace": float, "queue_arguments": json.loads, "log_level": str.upper,
-            "tasks": lambda text: tuple(name.strip() for name in text.split(",")
-                                        if name.strip())}
-        given = {name: value for name, value in environ.items()
-                 if name.startswith("OLIVE_") and value.strip()}
-        values = {}
-        try:
-            for name in (f.name for f in fields(cls)):
-                variable = "OLIVE_" + name.upper()
-                if variable in given:
-                    value = given.pop(variable).strip()
-                    try:
-                        values[name] = readers.get(name, str)(value)
-                    except (ValueError, RecursionError):
-                        values[name] = value    # the check will say what it must be
-            config = cls(**values)
-        except ValueError as exc:
-            fail(str(exc), 2)
-        for name in given:
-            print(f"olive: unknown setting {name} (ignored)", file=sys.stderr)
-        return config
-
-
-def fail(text: str, status: int) -> None:
-    """Say what is wrong in one line and leave."""
-    print(f"olive: {text}", file=sys.stderr)
-    raise SystemExit(status)
+ISOLATED, GIVEN_UP = 5, 15      # how often a message came back; see "that kills us"
+PATIENCE = 180.0                # seconds that a job waits for its message to come back
 
 
 # =====================================================================================
@@ -206,14 +93,6 @@ def task(name: str | Callable | None = None, worker: str | None = None,
     ValueError for a name that is taken. The idea of a decorator that is the whole API
     is Huey's.
     """
-    if callable(name):
-        return task()(name)
-    if worker not in (None, "thread", "process"):
-        raise ValueError(f"worker must be 'thread' or 'process', not {worker!r}")
-    if not (timeout is None or timeout > 0) or retry_delay < 0 or not (
-            type(retries) is int and retries >= 0):
-        raise ValueError("timeout must be above 0, retries and retry_delay at least 0")
-
     def register(function: Callable) -> Callable:
         key = name or function.__name__
         if key in TASKS:
@@ -221,6 +100,14 @@ def task(name: str | Callable | None = None, worker: str | None = None,
         TASKS[key] = OliveTask(function, worker, timeout, retries, retry_delay)
         return function
 
+    if callable(name):      # `@task` without brackets: the function itself came
+        function, name = name, None
+        return register(function)
+    if worker not in (None, "thread", "process"):
+        raise ValueError(f"worker must be 'thread' or 'process', not {worker!r}")
+    if not (timeout is None or timeout > 0) or retry_delay < 0 or not (
+            type(retries) is int and retries >= 0):
+        raise ValueError("timeout must be above 0, retries and retry_delay at least 0")
     return register
 
 
@@ -257,24 +144,615 @@ def load_tasks(modules: tuple[str, ...]) -> None:
 
 
 # =====================================================================================
-# Running a task: bytes in, bytes out
+# The app
 #
-# The main process moves messages and nothing else. The body goes to the worker as the
-# bytes that came and is decoded there; what comes back is plain and quick to pickle:
+# One coroutine per message (`_live`), from its delivery to its acknowledgement:
 #
-#     ("done", reply, next)                          reply: the JSON to answer with
-#     (reason, error, next)                          error: (type, module, text, trace)
+#     delivered --> the job is run --> the reply is sent --> acknowledged
 #
-# `next` are the messages that the outcome calls for (the next step of a chain,
-# callbacks, errbacks), each a tuple (headers, reply_to, body).
+# That is the plain life of a message, and the first section below. Everything after it
+# is there because that life can be cut short at every arrow:
+#
+#     if we die ...                    the message           the job       the caller
+#     before the job is run            to somebody else      runs once     gets a reply
+#     while it runs                    to somebody else      runs again    gets a reply
+#     after it, before the reply       to somebody else      runs again    gets a reply
+#     after the reply                  to somebody else      runs again    gets two
+#     after the acknowledgement        is gone               ran once      has a reply
 # =====================================================================================
+
+class Job:
+    """A message in hand and what it asks for, from delivery until it is settled.
+
+    Four fields change. `channel` and `tag` are the delivery; the channel is None once
+    the job is let go, so that nobody settles its message any more. `begun` is set as
+    soon as anything is done that a second time would do again; `call` is the job's way
+    through a thread, which knows for itself whether it has begun.
+
+        channel open       waits -----> runs -----> done -----> settled
+                             |            |           |            ^
+        channel closed    let go        runs ---> expected --------+ the message is
+                                                      |            | delivered again
+                                                   let go, after PATIENCE or at a stop
+    """
+
+    def __init__(self, channel: sweepea.Channel, method, properties, body) -> None:
+        self.channel: sweepea.Channel | None = channel
+        self.tag = method.delivery_tag
+        self.begun = False
+        self.call: Call | None = None
+        self.properties, self.body = properties, body
+        self.headers = properties.headers or {}
+        self.name = "?"                 # for the log, until the request is read
+        self.returns = 0                # how often the message has come back
+        self.isolated = bool(self.headers.get("x-olive-isolated"))  # it may kill us
+        self.task: sweepea.Task | None = None
+
+    @property
+    def key(self) -> tuple:
+        """What a message and its next delivery have in common, but no copy of it."""
+        return repr(self.headers.get("id")), self.properties.message_id, self.body
+
+
+class OliveOly:
+    """The app. `OliveOly(config).start()` runs until it is told to stop."""
+
+    def __init__(self, config: OliveAppConfig | None = None) -> None:
+        self.config = config or OliveAppConfig()
+        self._stop, self._status = Event(), 0
+        self._in_hand: set[Job] = set()
+        self._expected: dict[tuple, Job] = {}   # by key; see "Work in hand"
+        self._news = SchedBarrier()             # the jobs that wait for their message
+        self._settled = Event()                 # something was, since the last loss
+        self._consumers: list[tuple[sweepea.Channel, str]] = []     # with their tags
+        self._trace = Trace(self.config.trace)
+        for module in self.config.tasks:
+            try:
+                load_tasks((module,))
+            except (Exception, SystemExit) as exc:
+                where = traceback.extract_tb(exc.__traceback__)[-1]
+                fail(f"OLIVE_TASKS: {module}: {type(exc).__name__}: {exc} "
+                     f"({where.filename}:{where.lineno})", 2)
+
+    # -- the plain life of a message ---------------------------------------------------
+
+    def _on_message(self, channel: sweepea.Channel, method, properties, body) -> None:
+        """A message is delivered: from here on a task of its own lives its life."""
+        if self._stop.is_set():
+            return                      # it goes back when the connection is closed
+        job = Job(channel, method, properties, body)
+        if method.redelivered:
+            if self._came_back(job):
+                return
+            self._count_returns(job)
+        self._in_hand.add(job)
+        job.task = self._kernel._spawn(self._live(job))
+
+    async def _live(self, job: Job) -> None:
+        began = time.time()
+        try:
+            request = await self._read(job)
+            if request:
+                outcome = await self._run(job, request)
+                job.begun = True
+                log.debug("%s: %s", job.name, outcome.reason)
+                if outcome.reason == "done":
+                    await self._settle(job, outcome.reply)
+                else:
+                    await self._fail(job, request, outcome)
+        except Exception as exc:        # a fault of ours must not hold the message
+            log.exception("%s: a fault of the app", job.name)
+            await self._bury(job, None, _failure("failed", exc))
+        finally:
+            self._in_hand.discard(job)
+            self._trace.slice(job, began)
+
+    async def _run(self, job: Job, request: Request) -> Outcome:
+        """Run the job where it belongs: on the kernel, in a thread, in a process."""
+        registered = TASKS[request.name]
+        limits = [limit for limit in (registered.timeout, request.limit)
+                  if limit is not None]
+        limit = min(limits) if limits else self.config.task_timeout
+        what = request.name, request.id, job.body
+        worker = registered.worker or self.config.worker
+        try:
+            if inspect.iscoroutinefunction(registered.function):
+                return await self._run_coroutine(job, what, limit)
+            if worker == "process" or job.isolated:
+                outcome = await self._run_in_process(job, what, limit)
+                if outcome is not None:
+                    return outcome
+            job.call = Call(self._threads, _execute, what, limit)
+            return await job.call.result()
+        except TimeoutError:
+            self._look_at_threads()
+            return _failure("timeout", TimeLimitExceeded(f"{limit:g} s"))
+        except WorkerLost as exc:
+            return _failure("worker-lost", WorkerLostError(str(exc)))
+        except WorkerStartError as exc:
+            # No fault of the message, which goes back when the connection is closed.
+            log.error("%s: stopping, to be started afresh", exc)
+            self.stop(1)
+            raise sweepea.TaskCancelled("no worker") from None
+        except Exception as exc:
+            return _failure("failed", exc)
+
+    async def _run_in_process(self, job: Job, what: tuple, limit) -> Outcome | None:
+        async with self._processes.slots:
+            self._begin(job)
+            return await self._processes.call(_execute_in_child, what, limit)
+
+    async def _run_coroutine(self, job: Job, what: tuple, limit) -> Outcome:
+        self._begin(job)
+        job.task.name = job.name        # the kernel names a task that blocks the loop
+        if limit is None:
+            return await _perform(*what, on_kernel=True)
+        # A coroutine may swallow its cancellation. So it runs in a task of its own, and
+        # its message need not wait for it.
+        child = await spawn(_perform(*what, on_kernel=True))
+        child.name = job.name
+        try:
+            await ignore_after(limit, child.wait())
+            if child.terminated:
+                return child.result
+            raise TimeoutError
+        finally:
+            await child.cancel(blocking=False)
+
+    async def _settle(self, job: Job, reply: bytes | None) -> None:
+        """Send the reply, then acknowledge, both on the channel of the delivery."""
+        has_message = await self._has_message(job)
+        channel = job.channel if has_message else self._link.channel
+        reply_to = job.properties.reply_to
+        if reply and reply_to and channel and channel.pika.is_open and not (
+                job.isolated and reply_to.startswith(DIRECT_REPLY)):
+            channel.pika.basic_publish("", reply_to, reply, pika.BasicProperties(
+                content_type="application/json", content_encoding="utf-8",
+                delivery_mode=2, correlation_id=job.properties.correlation_id))
+        if has_message:
+            job.channel.basic_ack(job.tag)
+            if not self._settled.is_set():
+                await self._settled.set()
+
+    # -- starting ----------------------------------------------------------------------
+
+    def start(self, *background: Callable) -> None:
+        """Work until SIGTERM, SIGINT or SIGHUP; return then, or exit with a status.
+
+        `background` are coroutine functions that run on the kernel beside it. A second
+        signal leaves at once, with status 128 + its number. Exit status 1: the broker
+        refuses us, or too many threads hang in jobs that do not end.
+        """
+        logging.basicConfig(
+            level=self.config.log_level, format="%(asctime)s %(levelname)s %(message)s")
+        # What pika reports, the link says in one line.
+        logging.getLogger("pika").setLevel(logging.CRITICAL)
+        numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+        with sweepea.signals(*numbers) as queue, Kernel() as kernel:
+            try:
+                kernel.run(self._main, queue, background)
+            finally:
+                self._trace.close()
+        if self._status:
+            raise SystemExit(self._status)
+
+    async def _main(self, queue, background: tuple) -> None:
+        config = self.config
+        self._kernel = kernel = await sweepea._get_kernel()
+        self._threads = ThreadPool(kernel, config.threads)
+        self._processes = ProcessPool(kernel, config.processes, load_tasks,
+                                      (config.tasks,))
+        self._link = Link(config.urls, self._on_connect)
+        await spawn(self._obey, queue)
+        link = await spawn(self._stay_connected)
+        for corofunc in background:
+            await spawn(corofunc)
+        await self._stop.wait()
+
+        log.info("stopping: %d in hand", len(self._in_hand))
+        await ignore_after(config.grace, self._finish)
+        for job in self._in_hand:
+            if job.channel is not None:
+                log.warning("given back, as it did not end in time: %s", job.name)
+        await link.cancel()
+
+    async def _stay_connected(self) -> None:
+        try:
+            await self._link.run()
+        except AMQPError as exc:
+            log.error("the broker refuses us: %s%s", describe(exc),
+                      _advice(exc, self.config))
+            self.stop(1)
+
+    async def _on_connect(self, connection, channel: sweepea.Channel) -> None:
+        await declare_topology(channel, self.config)
+        self._expect()
+        await spawn(self._watch, channel)
+        self._consumers = []
+        if self._link.was_brief:
+            self._settled.clear()
+            await spawn(self._widen, channel)
+        await self._consume(channel, 1 if self._link.was_brief else
+                            self.config.prefetch)
+        if not self._link.ever_up:
+            log.info("waiting for tasks in %s: %s", self.config.queue,
+                     ", ".join(sorted(TASKS)))
+            if not self.config.counts_returns:
+                log.warning("%s is not a quorum queue: nothing counts how often a "
+                            "message comes back, so a task that kills the app does so "
+                            "again and again", self.config.queue)
+
+    async def _consume(self, channel: sweepea.Channel, prefetch: int) -> None:
+        """Start a consumer; what is in hand of the ones before stays in hand."""
+        def on_message(_channel, *message) -> None:
+            self._on_message(channel, *message)
+
+        if not self._stop.is_set():
+            await channel.call("basic_qos", prefetch_count=prefetch)
+            frame = await channel.call("basic_consume", self.config.queue, on_message)
+            self._consumers.append((channel, frame.method.consumer_tag))
+
+    # -- what can go wrong: the message itself -----------------------------------------
+    #
+    # Anybody may send us anything. What makes no sense must neither stop the app nor
+    # come back for ever: it is put into the dead queue with the reason, where a person
+    # can look at it, and its sender is told.
+
+    async def _read(self, job: Job) -> Request | None:
+        """Find out what a message asks for; None if it is settled without a run."""
+        try:
+            request = Request(job.properties)
+        except ValueError as exc:
+            return await self._bury(job, None, _failure("malformed", exc))
+        job.name = f"{_shown(request.name)}[{_shown(request.id)[1:-1]}]"
+        if job.returns >= GIVEN_UP:
+            error = RuntimeError(f"came back {job.returns} times: does it kill us?")
+            return await self._bury(job, None, _failure("returned", error), False)
+        now = datetime.now(timezone.utc)
+        if request.expires and now > request.expires:
+            log.info("%s has expired", job.name)
+            error = _failure("expired", TaskRevokedError("expired")).error
+            return await self._settle(job, _error_answer(request.id, "REVOKED", error))
+        wait = (request.eta - now).total_seconds() if request.eta else 0
+        if wait >= 1:
+            return await self._wait(job, wait)
+        if wait > 0:
+            await sleep(wait)
+        if request.name.startswith("celery."):
+            return await self._bury(job, request, _failure("unsupported", Unsupported(
+                f"{request.name} is not supported: {INSTEAD}")))
+        if request.name not in TASKS:
+            return await self._bury(job, request, _failure(
+                "unknown-task", NotRegistered(request.name)))
+        return request
+
+    async def _bury(self, job: Job, request: Request | None, outcome: Outcome,
+                    told: bool = True) -> None:
+        """Put a message into the dead queue with the reason, and tell its sender."""
+        reason, _, error = outcome
+        log.warning("%s is dead (%s): %s: %s", job.name, reason, error.kind,
+                    _shown(error.text))
+        reply = told and _error_answer(request and request.id, "FAILURE", error)
+        await self._move(job, "", self.config.dead_queue, reply, **{
+            "x-olive-reason": reason,
+            "x-olive-error": f"{error.kind}: {error.text}"[:MAX_ERROR],
+            "x-olive-traceback": error.traceback})
+
+    async def _move(self, job: Job, exchange: str, key: str, reply: bytes | None = None,
+                    **changes: Any) -> None:
+        """Publish a copy of a message, some headers changed; then settle the message.
+
+        The copy is confirmed before the message is acknowledged, so that at every
+        moment the broker has one of them.
+        """
+        self._begin(job)
+        if job.isolated:
+            changes["x-olive-isolated"] = True
+        properties = republished(job.properties, **changes)
+        if await self._publish(job, exchange, key, properties):
+            if await self._has_message(job):
+                await self._settle(job, reply)
+
+    async def _publish(self, job: Job, exchange: str, key: str,
+                       properties: pika.BasicProperties) -> bool:
+        """Publish until it is confirmed; False if the job's message is not in hand."""
+        for attempt in itertools.count():
+            if not await self._has_message(job):
+                return False
+            try:
+                await self._link.publish(exchange, key, job.body, properties)
+                return True
+            except AMQPError as exc:
+                error = exc
+            await sleep(min(sweepea.MAX_BACKOFF, 0.1 * 2 ** min(attempt, 10)))
+            if self._link.connection is not None:       # or the link speaks for itself
+                log.warning("could not publish to %s: %s; trying again",
+                            exchange or key, describe(error))
+                await self._declare_again()
+
+    async def _declare_again(self) -> None:
+        # Somebody has deleted what we publish to. An error would close the channel of
+        # the deliveries, so this has a channel of its own.
+        try:
+            channel = await self._link.connection.channel()
+            await declare_topology(channel, self.config)
+            channel.pika.close()
+        except AMQPError as exc:
+            log.warning("could not declare the topology: %s", describe(exc))
+
+    # -- what can go wrong: the task ---------------------------------------------------
+    #
+    # A task that fails may succeed a little later, when the network is back. So it is
+    # tried again as often as it says, after a pause that doubles each time; the dice
+    # keep a thousand that failed together from coming back together. The pause is spent
+    # in the broker (see "The ladder").
+
+    async def _fail(self, job: Job, request: Request, outcome: Outcome) -> None:
+        """Have a job that failed tried again, or bury it."""
+        registered, error = TASKS[request.name], outcome.error
+        retries = registered.retries
+        if outcome.reason == "worker-lost" and not job.isolated:
+            # The kernel's OOM killer, say, may have picked this process because others
+            # used the memory. A job that was isolated has no such excuse.
+            retries = max(retries, 1)
+        is_final = outcome.reason not in ("failed", "timeout", "worker-lost")
+        if is_final or request.retries >= retries:
+            return await self._bury(job, request, outcome)
+        pause = registered.retry_delay * 2 ** min(request.retries, 20)
+        pause *= random.uniform(1, 1.25)
+        log.info("%s: %s: %s; try %d of %d in %.1f s", job.name, error.kind,
+                 _shown(error.text), request.retries + 2, retries + 1, pause)
+        eta = datetime.now(timezone.utc) + timedelta(seconds=pause)
+        await self._wait(job, pause, retries=request.retries + 1, eta=eta.isoformat())
+
+    async def _wait(self, job: Job, seconds: float, **changes: Any) -> None:
+        if seconds < 1:         # too short for the ladder: `_read` sleeps the rest
+            await self._move(job, "", self.config.queue, **changes)
+        else:
+            await self._move(job, wait_name(LADDER - 1),
+                             wait_key(seconds, self.config.queue), **changes)
+
+    def _look_at_threads(self) -> None:
+        # A thread that hangs cannot be killed, only replaced, and each one holds what
+        # it has. A supervisor can do what we cannot: start the program afresh.
+        if len(self._threads.abandoned) >= self._threads.size:
+            log.error("every thread hangs in a job that does not end: stopping, to be "
+                      "started afresh")
+            self.stop(1)
+
+    # -- what can go wrong: a message that kills us ------------------------------------
+    #
+    # Without this, a job that crashes the whole process (a segfault in a C library)
+    # crashes each app that gets its message, and the broker hands it out for ever. We
+    # need not count: a quorum queue counts how often a message came back, whatever the
+    # reason was. Five times back, a job runs in a worker process, even if it is a job
+    # for a thread. If it kills, it kills that process alone and ends as `worker-lost`;
+    # the innocent that came back along with it are simply done. A copy of the message,
+    # whose count is 0, says that it is isolated. Fifteen times back, only a coroutine,
+    # which must run on the kernel, or a message that we choke on can be the cause: to
+    # the dead queue, before RabbitMQ 4 drops it at twenty.
+
+    def _count_returns(self, job: Job) -> None:
+        returns = job.headers.get("x-delivery-count")
+        # In any other queue the header may be the sender's.
+        if self.config.counts_returns and isinstance(returns, int):
+            job.returns = returns
+            job.isolated = job.isolated or returns >= ISOLATED
+
+    # -- what can go wrong: the connection. Work in hand outlives it -------------------
+    #
+    # Without this, each loss of the connection would have everything that runs run a
+    # second time. The broker takes its messages back and delivers them again, mostly to
+    # us. So what runs goes on, and its message, when it comes, is handed to the job in
+    # hand. What has not begun is let go at once: somebody else may be free for it.
+    #
+    # A job that ends before its message is back waits for it. If the message does not
+    # come (somebody else got it, and does it again), a success still sends its reply,
+    # but a failure is not told and no copy is published, or each loss would make two
+    # messages of one. A silent network may keep the old delivery alive for three
+    # minutes, until its heartbeats are missed; hence PATIENCE.
+
+    async def _watch(self, channel: sweepea.Channel) -> None:
+        """Watch over what is in hand, from one connection to the next."""
+        expected = list(self._expected.values())
+        await ignore_after(PATIENCE, channel.wait_closed())
+        if channel.closed is None:
+            await self._give_up(expected)
+            await channel.wait_closed()
+        for job in list(self._in_hand):
+            await self._let_go(job)
+
+    def _expect(self) -> None:
+        for job in self._in_hand:
+            if job.channel is not None and job.channel.closed is not None:
+                self._expected[job.key] = job
+
+    async def _give_up(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            if self._expected.get(job.key) is job:
+                del self._expected[job.key]
+                job.channel = None
+        await self._news.wake()
+
+    def _came_back(self, again: Job) -> bool:
+        """Hand a delivery to the job in hand that expects it, if there is one."""
+        job = self._expected.pop(again.key, None)
+        if job is None:
+            return False
+        job.channel, job.tag = again.channel, again.tag
+        self._kernel._spawn(self._news.wake())
+        return True
+
+    async def _has_message(self, job: Job) -> bool:
+        """Whether a job can settle its message; waits while the message is expected."""
+        while job.channel is not None and job.channel.closed is not None:
+            if self._stop.is_set():
+                return False
+            await self._news.suspend("MESSAGE_WAIT")
+        return job.channel is not None
+
+    async def _let_go(self, job: Job) -> bool:
+        """Drop a job that has not begun; False if it has."""
+        if job.begun or job.call is not None and not job.call.take_back():
+            return False
+        job.channel = None
+        await job.task.cancel(blocking=False)
+        return True
+
+    def _begin(self, job: Job) -> None:
+        """From here on the job cannot be let go any more."""
+        if job.channel is None:
+            # Let go in the moment in which it was woken: its cancellation is pending,
+            # and would come only when the task of the user has begun and waits.
+            raise sweepea.TaskCancelled("let go")
+        job.begun = True
+
+    # A message can end a connection: pika cannot decode every header that a broker lets
+    # through, and then fails from inside. After a connection that did not last, such a
+    # message shall come back alone, and not with a window full of others, whose counts
+    # rise each time. So the next consumer may hold one message, until something was
+    # settled, or for a while, as the one may belong to a long job in hand. A consumer's
+    # window cannot be changed; another consumer takes its place.
+
+    async def _widen(self, channel: sweepea.Channel) -> None:
+        await self._link.up.wait()
+        await ignore_after(sweepea.MAX_BACKOFF, self._settled.wait())
+        try:
+            narrow, tag = self._consumers[-1]
+            if narrow is channel and channel.closed is None:
+                await self._consume(channel, self.config.prefetch)
+                await channel.call("basic_cancel", tag)
+        except AMQPError:
+            pass        # the connection is lost again, and the link says so
+
+    # -- stopping ----------------------------------------------------------------------
+
+    def stop(self, status: int = 0) -> None:
+        """Stop as by SIGTERM, from a coroutine; exit with this status."""
+        self._status = self._status or status
+        self._kernel._spawn(self._stop.set())
+
+    async def _obey(self, queue) -> None:
+        await queue.get()
+        # A coroutine that blocks the kernel must not keep a second signal from being
+        # obeyed, so that one has a handler.
+        for number in queue.numbers:
+            signal.signal(number, _leave_at_once)
+        self.stop()
+        _leave_at_once(await queue.get())
+
+    async def _finish(self) -> None:
+        """Take no more; give back what has not begun; wait for what has."""
+        await self._give_up(list(self._expected.values()))
+        for channel, tag in self._consumers:
+            try:
+                await channel.call("basic_cancel", tag)
+            except AMQPError:
+                pass        # the channel is gone, and the consumer with it
+        jobs = list(self._in_hand)
+        for job in jobs:
+            channel = job.channel
+            if await self._let_go(job):
+                channel.basic_nack(job.tag)
+        for job in jobs:
+            await job.task.wait()
+
+
+def _leave_at_once(number: int, _frame=None) -> None:
+    os.write(2, b"olive: leaving at once\n")
+    os._exit(128 + number)
+
+
+def _advice(exc: AMQPError, config: OliveAppConfig) -> str:
+    """What to do about a broker that refuses us."""
+    text = str(exc)
+    if not isinstance(exc, ChannelClosedByBroker):
+        return " (check OLIVE_URL)"
+    if exc.reply_code == 403:
+        return " (give the user of OLIVE_URL the permission, see rabbitmqctl)"
+    if f"queue '{config.queue}'" in text:
+        return " (delete it, or set OLIVE_QUEUE_ARGUMENTS as it was declared)"
+    return " (delete it, or choose another name)"
+
+
+class Trace:
+    """A timeline of the run, in the Trace Event Format; nothing without a file."""
+
+    def __init__(self, path: str) -> None:
+        self._file = open(path, "w") if path else None
+        self._before = "[\n"
+
+    def slice(self, job: Job, began: float) -> None:
+        if self._file:
+            print(self._before + json.dumps({
+                "name": job.name, "ph": "X", "pid": os.getpid(), "tid": job.tag,
+                "ts": began * 1e6, "dur": (time.time() - began) * 1e6}),
+                end="", file=self._file)
+            self._before = ",\n"
+
+    def close(self) -> None:
+        if self._file:
+            print("[]" if self._before == "[\n" else "\n]", file=self._file)
+            self._file.close()
+
+
+# =====================================================================================
+# Running a job: bytes in, bytes out
+#
+# The body of a message goes to the worker as the bytes that came, is decoded there, and
+# comes back as the bytes of the reply. So the kernel's thread neither decodes nor
+# encodes what workers work on, and what passes to and from a process is plain.
+# =====================================================================================
+
+MAX_RESULT = 16 << 20                       # bytes of JSON: RabbitMQ 4's own limit
+MAX_ERROR, MAX_TRACEBACK = 1_000, 16_000    # characters that the dead queue keeps
+# Celery's clients know these by name, and where they live:
+MODULES = {"NotRegistered": "celery.exceptions",
+           "TaskRevokedError": "celery.exceptions",
+           "TimeLimitExceeded": "billiard.exceptions",
+           "WorkerLostError": "billiard.exceptions"}
+
+
+INSTEAD = "instead, write a task that is a coroutine and calls the others"
+
+
+class Error(NamedTuple):
+    """An exception as the reply and the dead queue show it."""
+    kind: str           # the name of its class
+    module: str         # where that class lives
+    text: str
+    traceback: str
+
+
+class Outcome(NamedTuple):
+    """What came of a job."""
+    reason: str                     # "done", or why not: a reason of the dead queue's
+    reply: bytes | None = None      # the body of the reply, if the job is done
+    error: Error | None = None      # what went wrong, if anything did
+
 
 class Unsupported(Exception):
     """The message asks for something that Sweepea does not have."""
 
 
-def _decode(body: bytes) -> tuple[list, dict, dict]:
-    """Take the body of a message apart. Raises ValueError if it is not a good one."""
+class NotRegistered(Exception):
+    """There is no task of that name here."""
+
+
+class TimeLimitExceeded(Exception):
+    """The task ran longer than it may."""
+
+
+class TaskRevokedError(Exception):
+    """The message expired before its job began."""
+
+
+class WorkerLostError(Exception):
+    """The process died that ran the job, or the exception meant the end of one."""
+
+
+def _decode(body: bytes) -> tuple[list, dict]:
+    """Take the arguments out of a body. Raises ValueError if it is not a good one."""
     def refuse(constant):
         raise ValueError(f"{constant} is not JSON")
 
@@ -284,68 +762,40 @@ def _decode(body: bytes) -> tuple[list, dict, dict]:
         raise ValueError("the body is nested too deeply") from None
     except TypeError:
         raise ValueError("the body is not [args, kwargs, embed]") from None
-    embed = embed or {}
     if not (isinstance(args, list) and isinstance(kwargs, dict)
-            and isinstance(embed, dict)):
+            and isinstance(embed, (dict, type(None)))):
         raise ValueError("the body is not [args, kwargs, embed]")
-    steps = []
-    for key in "callbacks", "errbacks", "chain":
-        steps += embed.setdefault(key, None) or []
-    for step in steps:
-        options = step.get("options") or {} if isinstance(step, dict) else None
-        if not (isinstance(options, dict) and isinstance(step.get("task"), str)):
-            raise ValueError("a callback or a step of the chain is not a signature")
-        for name in step["task"], options.get("task_id"), options.get("reply_to"):
-            if name is not None and not (
-                    isinstance(name, str) and len(name.encode()) <= 255):
-                raise ValueError("a callback or a step of the chain cannot be sent")
-        if step["task"].startswith("celery."):
-            raise Unsupported(f"{step['task']} needs a result store")
-    if embed.get("chord"):
-        raise Unsupported("a chord needs a result store")
-    return args, kwargs, embed
+    for key in "chain", "chord", "callbacks", "errbacks":
+        if embed and embed.get(key):
+            raise Unsupported(f"{key} is not supported: {INSTEAD}")
+    return args, kwargs
 
 
-def _message(step: dict, args: list, chain: list | None, ids: dict) -> tuple:
-    """Make a message of a signature, its arguments and the rest of the chain."""
-    options = step.get("options") or {}
-    ident = options.get("task_id") or str(uuid.uuid4())
-    if not step.get("immutable"):
-        args = args + list(step.get("args") or ())
-    else:
-        args = list(step.get("args") or ())
-    embed = {"callbacks": options.get("link"), "errbacks": options.get("link_error"),
-             "chain": chain or None, "chord": None}
-    headers = {"lang": "py", "task": step["task"], "id": ident, "retries": 0, **ids}
-    return headers, options.get("reply_to"), json.dumps(
-        [args, step.get("kwargs") or {}, embed]).encode()
+def _answer(ident: str | None, status: str, result: Any, trace: str | None) -> bytes:
+    """The body of a reply, as Celery's clients read it."""
+    return json.dumps({"task_id": ident, "status": status, "result": result,
+                       "traceback": trace, "children": []}, allow_nan=False).encode()
 
 
-def _succeed(ident: str, ids: dict, result: Any, embed: dict) -> tuple:
-    reply = json.dumps({"task_id": ident, "status": "SUCCESS", "result": result,
-                        "traceback": None, "children": []}, allow_nan=False).encode()
-    if len(reply) > MAX_RESULT:
-        raise ValueError(f"the result is larger than {MAX_RESULT} bytes of JSON")
-    following = [_message(step, [result], None, ids)
-                 for step in embed["callbacks"] or ()]
-    if chain := embed["chain"]:     # a stack: the next step is its last element
-        following.append(_message(chain[-1], [result], chain[:-1], ids))
-    return "done", reply, following
+def _error_answer(ident: str | None, status: str, error: Error) -> bytes:
+    kind, module = error.kind, error.module
+    if kind in ("SystemExit", "KeyboardInterrupt", "GeneratorExit"):
+        # A client raises what it gets, and would leave by these.
+        kind, module = "WorkerLostError", MODULES["WorkerLostError"]
+    return _answer(ident, status, {"exc_type": kind, "exc_message": [error.text],
+                                   "exc_module": module}, error.traceback)
 
 
-def _failure(reason: str, exc: BaseException, embed: dict | None = None,
-             ident: str = "", ids: dict | None = None) -> tuple:
+def _failure(reason: str, exc: BaseException) -> Outcome:
     try:
         text = str(exc)
         trace = "".join(traceback.format_exception(exc)) if exc.__traceback__ else ""
     except BaseException:       # an exception whose str() raises
         text, trace = "(no text)", "".join(traceback.format_tb(exc.__traceback__))
     kind = type(exc).__name__
-    error = (kind, MODULES.get(kind, type(exc).__module__),
-             _clean(text)[:MAX_TRACEBACK], _clean(trace)[-MAX_TRACEBACK:])
-    following = [_message(step, [ident], None, ids or {})
-                 for step in (embed or {}).get("errbacks") or ()]
-    return reason, error, following
+    return Outcome(reason, error=Error(
+        kind, MODULES.get(kind, type(exc).__module__), _clean(text)[:MAX_TRACEBACK],
+        _clean(trace)[-MAX_TRACEBACK:]))
 
 
 def _clean(text: str) -> str:
@@ -353,76 +803,75 @@ def _clean(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-async def _perform(name: str, ident: str, ids: dict, body: bytes,
-                   on_kernel: bool = True) -> tuple:
-    """Run a task of which the body has come; return its outcome, whatever it does."""
-    embed = None
+def _success(ident: str, result: Any) -> Outcome:
     try:
-        args, kwargs, embed = _decode(body)
+        reply = _answer(ident, "SUCCESS", result, None)
+        if len(reply) > MAX_RESULT:
+            raise ValueError(f"it is larger than {MAX_RESULT} bytes of JSON")
+        return Outcome("done", reply)
+    except (TypeError, ValueError, RecursionError) as exc:
+        # The work is done all the same: a second try would do it twice.
+        exc = type(exc)(f"the task is done, but its result cannot be sent: {exc}")
+        outcome = _failure("done", exc)
+        return outcome._replace(reply=_error_answer(ident, "FAILURE", outcome.error))
+
+
+async def _perform(name: str, ident: str, body: bytes, on_kernel: bool) -> Outcome:
+    """Run the job of a message, and say what came of it, whatever that is."""
+    try:
+        args, kwargs = _decode(body)
+    except (Unsupported, ValueError) as exc:
+        is_malformed = isinstance(exc, ValueError)
+        return _failure("malformed" if is_malformed else "unsupported",
+                        exc.with_traceback(None))
+    try:
         result = TASKS[name].function(*args, **kwargs)
         if inspect.iscoroutine(result):
             result = await result
-        return _succeed(ident, ids, result, embed)
     except BaseException as exc:    # SystemExit and KeyboardInterrupt as well
-        if embed is None:
-            return _failure("unsupported" if isinstance(exc, Unsupported)
-                            else "malformed", exc.with_traceback(None))
         if on_kernel and isinstance(exc, CancelledError) and (
                 await current_task()).cancelled:
-            raise                   # it was the app that wanted the end
-        # (the first frame is the one above; the task begins with the next)
-        return _failure("failed", exc.with_traceback(exc.__traceback__.tb_next), embed,
-                        ident, ids)
+            raise                   # the app wanted the end, not the task
+        # The first frame of the traceback is the one above; the next is the task's.
+        return _failure("failed", exc.with_traceback(exc.__traceback__.tb_next))
+    return _success(ident, result)
 
 
-def _execute(*call) -> tuple:
-    """The same in a worker: a coroutine that never waits ends at its first send."""
+def _execute(*job) -> Outcome:
+    """The same in a worker, where there is no kernel. A coroutine that never traps runs
+    to its end at the first `send` (chapter 2 of sweepea.py)."""
     try:
-        _perform(*call, on_kernel=False).send(None)
+        _perform(*job, on_kernel=False).send(None)
     except StopIteration as stop:
         return stop.value
     raise RuntimeError("a task that is no coroutine function returned a coroutine")
 
 
-def _execute_in_child(modules: tuple[str, ...], *call) -> tuple:
-    load_tasks(modules)
-    return _execute(*call)
-
-
-class TimeLimitExceeded(Exception):
-    """The task ran longer than it may."""
-
-
-class WorkerLostError(Exception):
-    """The process died that ran the task."""
-
-
-class NotRegistered(Exception):
-    """There is no task of that name here."""
+def _execute_in_child(name: str, *job) -> Outcome | None:
+    """The same in a worker process; None if the task is not known there."""
+    return _execute(name, *job) if name in TASKS else None
 
 
 # =====================================================================================
 # Messages
 # =====================================================================================
 
+MAX_HEADERS = 130_000       # bytes: a header frame has to fit into 128 KiB
+DROPPED = {"CC", "BCC", "x-death", "x-delivery-count"}
+DIRECT_REPLY = "amq.rabbitmq.reply-to"      # addresses that begin so are no queues
+
+
 def _instant(value: Any, name: str) -> datetime | None:
     """Read an ISO 8601 header; one without a zone is in UTC, as Celery has it."""
     if value is None:
         return None
-    try:    # (Python 3.10 does not read the Z)
+    try:
+        # Python 3.10 does not read the Z.
         instant = datetime.fromisoformat(value.replace("Z", "+00:00"))
         instant = instant if instant.tzinfo else instant.replace(tzinfo=timezone.utc)
         return instant.astimezone(timezone.utc)
     except (ValueError, AttributeError, TypeError, OverflowError):
         raise ValueError(f"the header {name!r} is not a time") from None
-
-
-def _count(value: Any, name: str) -> int:
-    if value is None:
-        return 0
-    if type(value) is not int or value < 0:
-        raise ValueError(f"the header {name!r} is not a count")
-    return min(value, 1000)
 
 
 class Request:
@@ -449,20 +898,24 @@ class Request:
                 limit is None or type(limit) in (int, Decimal) and limit >= 0
                 for limit in limits)):
             raise ValueError("the header 'timelimit' is not [hard, soft]")
-        limit = limits[0] if limits[0] is not None else limits[1]
-        # pika cuts off what a double has behind the point: 0 was something below 1
+        hard, soft = limits
+        limit = soft if hard is None else hard
+        # pika cuts doubles down to whole numbers, so a 0 was a limit below one second.
         self.limit = None if limit is None else float(limit) or 1.0
-        self.retries = _count(headers.get("retries"), "retries")
-        self.returns = _count(headers.get("x-olive-returns"), "x-olive-returns")
-        self.ids = {"root_id": headers.get("root_id") or self.id, "parent_id": self.id}
+        retries = headers.get("retries") or 0
+        if type(retries) is not int or retries < 0:
+            raise ValueError("the header 'retries' is not a count")
+        self.retries = min(retries, 1000)
 
 
-DROPPED = {"CC", "BCC", "x-death", "x-delivery-count"}
+def republished(properties: pika.BasicProperties, **changes: Any
+                ) -> pika.BasicProperties:
+    """The properties with which to publish a message again, some headers changed.
 
-
-def _again(properties: pika.BasicProperties, **changes: Any) -> pika.BasicProperties:
-    """The properties to publish a message again with, less what would make the broker
-    drop, refuse or multiply it, and with some headers changed."""
+    Some that came have to go. CC and BCC would make copies of the message; the broker
+    refuses a user_id that is not our own; the expiration would drop the message; the
+    headers of the broker's own (x-death, x-delivery-count) would be taken for news.
+    """
     again = copy.copy(properties)
     again.headers = {
         name: value for name, value in (properties.headers or {}).items()
@@ -470,19 +923,21 @@ def _again(properties: pika.BasicProperties, **changes: Any) -> pika.BasicProper
         and not name.startswith("x-first-death-")}
     again.headers.update(changes)
     again.delivery_mode, again.expiration, again.user_id = 2, None, None
-    while not _fits(again):     # then the largest of the headers that came has to go
-        names = sorted(again.headers, key=lambda name: len(repr(again.headers[name])))
-        names = [name for name in names if name not in changes] or names
-        del again.headers[names[-1]]
+    again.message_id = uuid.uuid4().hex     # the copy is another message: see `_key`
+    # A header frame that is too large would cost the connection. The largest of the
+    # headers that came are left out, until the rest fits.
+    came = sorted(again.headers, key=lambda name: (name in changes,
+                                                   -len(repr(again.headers[name]))))
+    while not _fits(again):
+        del again.headers[came.pop(0)]
     return again
 
 
 def _fits(properties: pika.BasicProperties) -> bool:
     try:
-        return not properties.headers or (
-            sum(map(len, properties.encode())) <= MAX_HEADERS)
+        return sum(map(len, properties.encode())) <= MAX_HEADERS
     except Exception:           # pika decodes some things that it cannot encode
-        return False
+        return not properties.headers
 
 
 def _shown(text: Any) -> str:
@@ -490,31 +945,49 @@ def _shown(text: Any) -> str:
     return repr(text)[:200]
 
 
-def suspects(queue: str) -> str:
-    """The name of the queue of those that may have killed the app."""
-    return f"{queue}.suspects"
-
-
-def wait_exchange(queue: str, rung: int) -> str:
-    """The name of a rung of the ladder: its exchange, and its queue too."""
-    return f"{queue}.wait.{rung}"
-
-
-def wait_key(seconds: float) -> str:
-    """The delay in binary, as a routing key; longer ones come back and wait again."""
-    return ".".join(f"{min(int(seconds), (1 << LADDER) - 1):0{LADDER}b}")
-
-
-# The ladder in which messages wait, inside the broker. 5 s is ...0101 in binary:
+# =====================================================================================
+# The ladder: messages that wait, inside the broker
 #
-#   publish      +---------+   1: yes   +----------------+  4 s   +---------+
-#   ...0.1.0.1 ->| wait.2  |----------->| queue of rung 2|------->| wait.1  |
-#                | exchange|            +----------------+  dead  | exchange|
-#                +---------+                              letter  +----+----+
-#                                                                      | 0: no
-#      Olive.q  <-- 1 s --- queue of rung 0 <--- 1: yes ---  wait.0 <--+
+# A message with an `eta`, or one that is to be tried again, must wait. In the app it
+# would hold a place in the window, and a restart would start it over. In one queue with
+# a time to live for each message, one that waits for an hour would hold up those behind
+# it that wait for a second. So there is a queue for each binary digit of the delay, in
+# which all messages wait equally long (the idea is NServiceBus's, and Celery's of
+# version 5.5). 5 s are ...0101 in binary:
 #
-# Quorum queues with the strategy at-least-once confirm each hop inside the broker.
+#     publish with the key 0.0. ... .1.0.1.Olive.q
+#        |
+#     exchange Olive.wait.16    the first digit is 0: on to Olive.wait.15 ...
+#     exchange Olive.wait.2     digit 1:  queue Olive.wait.2, 4 s, then its dead letter
+#     exchange Olive.wait.1     digit 0:  straight on                   exchange, which
+#     exchange Olive.wait.0     digit 1:  queue Olive.wait.0, 1 s       is the next one
+#     exchange Olive.waited     the rest of the key is a queue's name: queue Olive.q
+#
+# One ladder serves every app of the virtual host. The fraction of a second is slept in
+# the app. The queues are quorum queues with the strategy at-least-once: each hop inside
+# the broker is confirmed, as a publish of ours is. But such a queue keeps what it cannot
+# pass on, and some thirty of these bring it to a standstill for everybody. So what has
+# waited for a queue that is gone ends in the queue Olive.lost (`alternate-exchange`).
+# =====================================================================================
+
+LADDER = 17             # rungs: 1 s ... 65,536 s; who waits longer climbs down twice
+WAITED, LOST = "Olive.waited", "Olive.lost"
+# A dead queue is looked at again and again. RabbitMQ 4 drops what came back 20 times; -1
+# would mean "never" to it, but to RabbitMQ 3 "at the first time".
+NO_LIMIT = {"x-queue-type": "quorum", "x-delivery-limit": 1_000_000_000}
+
+
+def wait_name(rung: int) -> str:
+    """The name of a rung of the ladder: its exchange, and its queue, too."""
+    return f"Olive.wait.{rung}"
+
+
+def wait_key(seconds: float, queue: str) -> str:
+    """The routing key for a delay: its binary digits, and the queue to go to then."""
+    digits = f"{min(int(seconds), 2 ** LADDER - 1):0{LADDER}b}"
+    return f"{'.'.join(digits)}.{queue}"
+
+
 async def declare_topology(channel: sweepea.Channel, config: OliveAppConfig) -> None:
     """Declare exchange, queues and ladder; harmless if they are there.
 
@@ -526,540 +999,191 @@ async def declare_topology(channel: sweepea.Channel, config: OliveAppConfig) -> 
     declare.exchange_declare(config.exchange, "direct", durable=True)
     declare.queue_declare(queue, durable=True, arguments=config.queue_arguments)
     declare.queue_bind(queue, config.exchange, config.routing_key)
+    declare.exchange_declare(LOST, "fanout", durable=True)
+    declare.queue_declare(LOST, durable=True, arguments=NO_LIMIT)
+    declare.queue_bind(LOST, LOST)
+    declare.exchange_declare(WAITED, "topic", durable=True,
+                             arguments={"alternate-exchange": LOST})
+    declare.queue_bind(queue, WAITED, f"{'*.' * LADDER}{queue}")
     for rung in range(LADDER):
-        name, below = wait_exchange(queue, rung), wait_exchange(queue, rung - 1)
+        name, below = wait_name(rung), wait_name(rung - 1) if rung else WAITED
         declare.exchange_declare(name, "topic", durable=True)
-        arguments = {"x-queue-type": "quorum", "x-overflow": "reject-publish",
-                     "x-message-ttl": 1000 << rung,
-                     "x-dead-letter-strategy": "at-least-once",
-                     "x-dead-letter-exchange": below if rung else ""}
-        if rung == 0:
-            arguments["x-dead-letter-routing-key"] = queue
-        declare.queue_declare(name, durable=True, arguments=arguments)
-        before = "*." * (LADDER - 1 - rung)
-        declare.queue_bind(name, name, f"{before}1.#")
-        if rung == 0:
-            declare.queue_bind(queue, name, f"{before}0.#")
-        else:
-            declare.exchange_bind(below, name, f"{before}0.#")
-    # What is dead has to survive what the queue survives: it is of the same type.
-    alike = {key: value for key, value in config.queue_arguments.items()
-             if key == "x-queue-type"}
-    declare.queue_declare(suspects(queue), durable=True, arguments=alike)
+        declare.queue_declare(name, durable=True, arguments={
+            "x-queue-type": "quorum", "x-overflow": "reject-publish",
+            "x-message-ttl": 1000 * 2 ** rung, "x-dead-letter-exchange": below,
+            "x-dead-letter-strategy": "at-least-once"})
+        digits_before = "*." * (LADDER - 1 - rung)
+        declare.queue_bind(name, name, f"{digits_before}1.#")
+        declare.exchange_bind(below, name, f"{digits_before}0.#")
+    # The dead queue is of the queue's type, so that it survives what the queue does.
     await channel.call("queue_declare", config.dead_queue, durable=True,
-                       arguments=alike)
+                       arguments=NO_LIMIT if config.counts_returns else None)
 
 
 # =====================================================================================
-# The app: the life of a message
+# Settings
 #
-#   delivered --> a kernel task is spawned (_live)
-#       |
-#       +-- came back to us, and we have it in hand ------------> settle (below)
-#       +-- came back, not in hand: may have killed us ---------> sent again, counted
-#       +-- came back three times ------------------------------> queue of suspects
-#       +-- makes no sense, unknown, failed for good -----------> dead queue
-#       +-- eta in the future, or failed and to be retried -----> ladder of wait queues
-#       +-- done -----------------------------------------------> next steps, if any
-#       |
-#       v
-#   settle: the reply, then the acknowledgement, on the channel that delivered it
-#
-# Whatever is published here is confirmed before anything is acknowledged. So at every
-# moment the message is in the broker at least once: still unacknowledged, or anew. If
-# the next line never runs, the broker hands it out again.
+# One table: default, meaning, how the variable's text is read, what a value must be.
+# `--help` is made of it, and so are the errors. A first reading may skip it.
 # =====================================================================================
 
-class _Run:
-    """A message in hand, from its delivery until it is settled, and a while longer."""
-
-    def __init__(self, channel: sweepea.Channel, method, properties, body,
-                 is_suspect: bool) -> None:
-        self.deliver(channel, method.delivery_tag)
-        self.redelivered = method.redelivered
-        self.is_suspect = is_suspect    # it came by their queue
-        self.properties, self.body = properties, body
-        self.task: sweepea.Task | None = None
-        self.name = "?"
-        self.started = False            # a stop waits for it
-        self.given_back = False         # a stop did not
-        self.leaving = False            # it may kill us, and is being sent elsewhere
-        self.done = False
-        self.acked = False              # said on an open channel; it may still be lost
-        self.reply: bytes | None = None
-        self.tries = 0                  # how often it was tried to settle it
-
-    def deliver(self, channel: sweepea.Channel, tag: int) -> None:
-        self.channel, self.tag = channel, tag
-
-    def expects(self, redelivered: bool) -> bool:
-        """Whether its message has to come back, since the old delivery is void."""
-        if self.done and self.acked:
-            return redelivered and self.channel.closed is not None
-        return self.done or self.channel.closed is not None
+def _setting(default: Any, meaning: str, must: str, is_good: Callable[[Any], bool],
+             read: Callable[[str], Any] = str) -> Any:
+    made = isinstance(default, dict)
+    return field(**{"default_factory" if made else "default":
+                    default.copy if made else default},
+                 metadata={"meaning": meaning, "must": must, "is_good": is_good,
+                           "read": read})
 
 
-class OliveOly:
-    """The app. `OliveOly(config).start()` runs until it is told to stop."""
+def _name(default: str, meaning: str, most: int = 255) -> Any:
+    def is_good(name) -> bool:
+        return (isinstance(name, str) and name.isprintable()
+                and 0 < len(name.encode()) <= most and not name.startswith("amq.")
+                and not {"*", "#"} & set(name.split(".")))
 
-    def __init__(self, config: OliveAppConfig | None = None) -> None:
-        self.config = config or OliveAppConfig()
-        self._stop = Event()
-        self._status = 0
-        self._signals = 0
-        self._consumers: list[tuple] = []               # (channel, consumer tag)
-        self._in_hand: set[_Run] = set()
-        self._runs: dict[tuple, _Run] = {}              # in hand, or done a while ago
-        # those done, in the order in which they were last settled; apart from them the
-        # ones not acknowledged: these come back for sure, and must not be pushed out
-        self._done: dict[bool, dict[tuple, _Run]] = {True: {}, False: {}}
-        self._settling = Semaphore(1)                   # see _settle_again
-        self._trace = None
-        if self.config.trace:
-            self._trace = open(self.config.trace, "w")
-            print("[", file=self._trace)
-        for module in self.config.tasks:
+    return _setting(default, meaning, f"1 to {most} bytes of printable text, without "
+                    "a word * or #, and must not begin with 'amq.'", is_good)
+
+
+def _count(default: int | None, meaning: str, most: int) -> Any:
+    return _setting(default, meaning, f"a whole number from 1 to {most}",
+                    lambda n: type(n) is int and 1 <= n <= most, int)
+
+
+def _is_span(seconds: Any) -> bool:
+    return isinstance(seconds, (int, float)) and 0 <= seconds < 1e9
+
+
+def _are_urls(text: str) -> bool:
+    for url in text.split(","):
+        pika.URLParameters(url.strip())     # raises what it does not understand
+    return all(url.strip().startswith(("amqp://", "amqps://"))
+               for url in text.split(","))
+
+
+def _is_writable(path: str) -> bool:
+    folder = os.path.dirname(path) or "."
+    return os.access(folder, os.W_OK) and not os.path.isdir(path)
+
+
+@dataclass(frozen=True)
+class OliveAppConfig:
+    """The settings of an app; `OLIVE_` + the name in capitals is the variable of each.
+
+    Raises ValueError, naming the variable, for a value that makes no sense.
+    """
+
+    url: str = _setting(
+        "amqp://guest:guest@localhost:5672/%2F",
+        "the broker, or several, comma-separated; amqps:// for TLS",
+        "amqp://user:password@host:port/vhost or amqps://..., or several of them, "
+        "separated by commas", _are_urls)
+    exchange: str = _name("Olive.x", "the exchange to which tasks are sent")
+    queue: str = _name("Olive.q", "the queue from which they are taken", 220)
+    routing_key: str = _name("Olive.k", "what binds the one to the other")
+    queue_arguments: dict = _setting(
+        {"x-queue-type": "quorum"}, "arguments of the queue, as JSON",
+        'a JSON object, such as {"x-queue-type": "quorum"}',
+        lambda value: isinstance(value, dict), json.loads)
+    dead_queue: str = _name("Olive.dead", "keeps what cannot be done, with the reason")
+    tasks: tuple[str, ...] = _setting(
+        (), "modules to import, comma-separated", "a tuple of the names of modules",
+        lambda value: isinstance(value, tuple),
+        lambda text: tuple(name.strip() for name in text.split(",") if name.strip()))
+    worker: str = _setting(
+        "thread", "thread or process, for tasks that do not say", "thread or process",
+        lambda value: value in ("thread", "process"))
+    threads: int = _count(20, "size of the thread pool", 10_000)
+    processes: int = _count(os.cpu_count() or 1, "size of the process pool; by default "
+                            "the number of cores", 1_000)
+    prefetch: int = _count(None, "messages held at once; by default twice the number "
+                           "of threads and processes", 65_535)
+    task_timeout: float | None = _setting(
+        None, "seconds that a task may take that sets no limit",
+        "a number of seconds above 0",
+        lambda value: value is None or _is_span(value) and value > 0, float)
+    grace: float = _setting(
+        30.0, "seconds that a stop waits for what runs",
+        "a number of seconds, at least 0", _is_span, float)
+    log_level: str = _setting(
+        "INFO", "DEBUG has a line for each job",
+        "DEBUG, INFO, WARNING, ERROR or CRITICAL",
+        lambda value: value in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
+        str.upper)
+    trace: str = _setting(
+        "", "file for a timeline of the run, to be opened in Perfetto",
+        "a file that can be written", _is_writable)
+
+    @property
+    def urls(self) -> list[str]:
+        """The URLs of the brokers to try, in this order."""
+        return [url.strip() for url in self.url.split(",")]
+
+    @property
+    def counts_returns(self) -> bool:
+        """Whether the queue is a quorum queue, which counts how often messages return."""
+        return self.queue_arguments.get("x-queue-type") == "quorum"
+
+    def __post_init__(self) -> None:
+        if self.prefetch is None:       # in this way, since the class is frozen
+            object.__setattr__(self, "prefetch", 2 * (self.threads + self.processes))
+        for setting in fields(self):
+            value, must = getattr(self, setting.name), setting.metadata["must"]
             try:
-                load_tasks((module,))
-            except (Exception, SystemExit) as exc:
-                where = traceback.extract_tb(exc.__traceback__)[-1]
-                fail(f"OLIVE_TASKS: {module}: {type(exc).__name__}: {exc} "
-                     f"({where.filename}:{where.lineno})", 2)
+                good = setting.metadata["is_good"](value)
+            except Exception:           # its text may hold the password
+                good = False
+            if not good:
+                shown = "" if setting.name == "url" else f", not {value!r:.100}"
+                raise ValueError(f"OLIVE_{setting.name.upper()}: must be {must}{shown}")
+        if self.dead_queue == self.queue:
+            raise ValueError("OLIVE_DEAD_QUEUE: must not be OLIVE_QUEUE")
 
-    # -- starting and stopping ---------------------------------------------------------
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] = os.environ) -> OliveAppConfig:
+        """Read the settings from the environment; an empty value means the default.
 
-    def start(self, *background: Callable) -> None:
-        """Work until SIGTERM or SIGINT; returns then, or exits with a status.
-
-        `background` are coroutine functions that run on the kernel beside it. A second
-        signal leaves at once, with status 128 + its number. Exit status 1: the broker
-        refuses us, or too many threads hang in tasks that do not end.
+        A value that makes no sense: one line on stderr, exit status 2.
         """
-        logging.basicConfig(
-            level=self.config.log_level, format="%(asctime)s %(levelname)s %(message)s")
-        # what pika reports, the link says in one line
-        logging.getLogger("pika").setLevel(logging.CRITICAL)
-        # A signal handler of Python's does not end pika's poll, and one that took a
-        # lock could wait for the very code that it interrupted. But the interpreter
-        # itself can write each signal to a socket, and a kernel task reads that.
-        self._bell, theirs = socket.socketpair()
-        self._bell.setblocking(False)
-        theirs.setblocking(False)
-        signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-        before = {signum: signal.signal(signum, self._on_signal)
-                  for signum in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            with Kernel() as kernel:
-                kernel.run(self._main, background)
-        finally:
-            signal.set_wakeup_fd(-1)
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
-            theirs.close()
-            self._bell.close()
-        if self._status:
-            raise SystemExit(self._status)
-
-    def stop(self, status: int = 0) -> None:
-        """Stop as by SIGTERM, from a coroutine; exit with this status."""
-        self._status = self._status or status
-        self._stop._set = True
-        self._kernel._trap_sched_wake(self._stop._waiting, len(self._stop._waiting))
-
-    def _on_signal(self, signum: int, _frame) -> None:
-        self._signals += 1
-        if self._signals > 1:
-            os.write(2, b"olive: leaving at once\n")
-            os._exit(128 + signum)
-
-    async def _listen(self) -> None:
-        while not self._signals:
-            await _read_wait(self._bell)
-            self._bell.recv(100)
-        self.stop()
-
-    async def _main(self, background: tuple) -> None:
-        config = self.config
-        self._kernel = kernel = await sweepea._get_kernel()
-        self._threads = ThreadPool(kernel, config.threads)
-        self._processes = ProcessPool(kernel, config.processes)
-        self._link = Link(config.urls, self._on_connect)
-        await spawn(self._listen, daemon=True)
-        link = await spawn(self._stay_connected, daemon=True)
-        for corofunc in background:
-            await spawn(corofunc, daemon=True)
-        await self._stop.wait()
-
-        log.info("stopping: %d in hand", len(self._in_hand))
-        async with ignore_after(config.grace):
-            await self._finish()
-        for run in self._in_hand:
-            if run.started:
-                log.warning("given back, as it did not end in time: %s", run.name)
-        await link.cancel()
-
-    async def _stay_connected(self) -> None:
-        try:
-            await self._link.run()
-        except AMQPError as exc:
-            what = describe(exc)
-            if not isinstance(exc, ChannelClosedByBroker):
-                what += " (check OLIVE_URL)"
-            elif f"queue '{self.config.queue}'" in what:
-                what += " (delete it, or set OLIVE_QUEUE_ARGUMENTS as it was declared)"
-            else:
-                what += " (delete it, or choose another name)"
-            log.error("the broker refuses us: %s", what)
-            self.stop(1)
-
-    async def _finish(self) -> None:
-        """Take no more; give back what has not started; wait for what runs."""
-        for channel, tag in self._consumers:
-            try:
-                await channel.call("basic_cancel", tag)
-            except AMQPError:
-                pass        # gone, and the consumer with it
-        runs = list(self._in_hand)
-        for run in runs:
-            if not run.started:
-                run.given_back = True
-                await run.task.cancel(blocking=False)
-                if not run.is_suspect:
-                    run.channel.basic_nack(run.tag)
-        for run in runs:
-            # What is given back counts as come back. Of the suspects it is always the
-            # same one: a few stops would bury it, so it is sent there anew.
-            if run.given_back and run.is_suspect and self._link.up.is_set():
-                await self._move(run, "", suspects(self.config.queue))
-            await run.task.wait()
-
-    async def _on_connect(self, connection, channel: sweepea.Channel) -> None:
-        config = self.config
-        await declare_topology(channel, config)
-        self._consumers = []
-
-        def on_message(_channel, method, properties, body) -> None:
-            if not self._stop.is_set():     # else it goes back when we go
-                run = _Run(channel, method, properties, body,
-                           method.routing_key == suspects(config.queue))
-                self._in_hand.add(run)
-                run.task = self._kernel._spawn(self._live(run))
-                run.task.daemon = True
-
-        # One suspect at a time: the others stay in their queue, so that they are not
-        # counted with the one that kills the app. (They come first, since a round trip
-        # sets the figure for whatever consumer comes next.)
-        for queue, most in (suspects(config.queue), 1), (config.queue, config.prefetch):
-            if not self._stop.is_set():
-                await channel.call("basic_qos", prefetch_count=most)
-                frame = await channel.call("basic_consume", queue, on_message)
-                self._consumers.append((channel, frame.method.consumer_tag))
-        if not self._link.ever_up:
-            log.info("waiting for tasks in %s: %s", config.queue,
-                     ", ".join(sorted(TASKS)))
-
-    # -- the life of a message ---------------------------------------------------------
-
-    async def _live(self, run: _Run) -> None:
-        began = time.time()
-        try:
-            if not run.given_back:
-                await self._decide(run)
-        except AMQPError as exc:
-            log.warning("%s goes back to the broker: %s", run.name, describe(exc))
-        except Exception as exc:    # a fault of ours must not hold the message for ever
-            log.exception("%s: a fault of the app", run.name)
-            await self._bury(run, _failure("failed", exc))
-        finally:
-            self._in_hand.discard(run)
-            if self._trace:
-                print(json.dumps({
-                    "name": run.name, "ph": "X", "pid": os.getpid(), "tid": run.tag,
-                    "ts": began * 1e6, "dur": (time.time() - began) * 1e6}),
-                    end=",\n", file=self._trace)
-
-    async def _decide(self, run: _Run) -> None:
-        headers = run.properties.headers or {}
-        # Same id, same body, and the same copy of it: the one that waited, or was sent
-        # to be tried again, must not be taken for the one that was settled for it.
-        key = repr(headers.get("id")), run.properties.message_id, hash(run.body)
-        known = self._runs.get(key)
-        if known is not None and known.expects(run.redelivered):
-            # Our connection was lost while we had it. The work goes on, or is done
-            # already; only the delivery is a new one.
-            known.deliver(run.channel, run.tag)
-            if known.done:
-                run.started = True
-                await self._settle_again(known)
-                self._keep(key, known)
-            return
-        self._runs[key] = run
-        try:
-            await self._work(run)
-        finally:
-            if not run.done:
-                if self._runs.get(key) is run:
-                    del self._runs[key]
-            else:
-                run.body = b""      # only the reply may be needed again
-                self._keep(key, run)
-
-    def _keep(self, key: tuple, run: _Run) -> None:
-        """Keep an outcome, since its message may come back; forget the oldest one."""
-        for kept in self._done.values():
-            kept.pop(key, None)
-        kept = self._done[run.acked]
-        kept[key] = run
-        self._runs.setdefault(key, run)     # (forgotten while it was settled again)
-        if len(kept) > self.config.prefetch + 1:    # (and a suspect)
-            key = next(iter(kept))
-            if self._runs.get(key) is kept.pop(key):
-                del self._runs[key]
-
-    async def _work(self, run: _Run) -> None:
-        try:
-            request = Request(run.properties)
-        except ValueError as exc:
-            await self._bury(run, _failure("malformed", exc))
-            return
-        run.name = f"{_shown(request.name)}[{_shown(request.id)[1:-1]}]"
-        if run.redelivered:
-            await self._returned(run, request)
-            return
-        if request.returns >= SUSPECT and not run.is_suspect:
-            run.leaving = True
-            await self._move(run, "", suspects(self.config.queue))
-            return
-        if request.returns:
-            await self._others_gone(run)
-            if run.given_back:  # woken and cancelled in the same turn
-                return
-        now = datetime.now(timezone.utc)
-        if request.expires and now > request.expires:
-            run.reply = self._error_reply(request, "REVOKED", (
-                "TaskRevokedError", "celery.exceptions", "expired", ""))
-            self._settle(run)
-            return
-        if request.eta:
-            wait = (request.eta - now).total_seconds()
-            if wait >= 1:
-                await self._wait(run, wait)
-                return
-            if wait > 0:
-                await sleep(wait)
-                if run.given_back:  # likewise
-                    return
-        if request.name not in TASKS:
-            await self._bury(run, _failure("unknown-task", NotRegistered(request.name)),
-                             request)
-            return
-        registered = TASKS[request.name]
-        reason, answer, following = await self._run(run, request, registered)
-        run.started = True
-        log.debug("%s: %s", run.name, reason)
-        if reason == "done":
-            for headers, reply_to, body in following:
-                await self._publish_following(headers, reply_to, body)
-            run.reply = answer
-            self._settle(run)
-            return
-        most = registered.retries
-        if reason == "worker-lost":     # it may have been the neighbours' fault
-            most = max(most, 1)
-        if reason in ("failed", "timeout", "worker-lost") and request.retries < most:
-            delay = registered.retry_delay * 2 ** min(request.retries, 20)
-            delay *= random.uniform(1, 1.25)
-            eta = datetime.now(timezone.utc) + timedelta(seconds=delay)
-            log.info("%s: %s: %s; try %d of %d in %.1f s", run.name, answer[0],
-                     _shown(answer[2]), request.retries + 2, most + 1, delay)
-            await self._wait(run, delay, retries=request.retries + 1,
-                             eta=eta.isoformat())
-            return
-        for headers, reply_to, body in following:
-            await self._publish_following(headers, reply_to, body)
-        await self._bury(run, (reason, answer, []), request)
-
-    async def _others_gone(self, run: _Run) -> None:
-        """Wait until those that leave are acknowledged, as this one may kill us.
-
-        They must not come back then, to be counted with it. One of them may be what
-        this one is a copy of, and there would be two that kill us.
-        """
-        while any(other.leaving for other in self._in_hand):
-            await sleep(0.01)
-        # What was acknowledged may still lie in pika's buffer; after a round trip not.
-        # (If the connection is lost meanwhile, the work goes on as any other.)
-        with suppress(AMQPError):
-            await self._round_trip(run)
-
-    async def _run(self, run: _Run, request: Request, registered: OliveTask) -> tuple:
-        """Run the task where it belongs; return its outcome."""
-        limits = [limit for limit in (registered.timeout, request.limit)
-                  if limit is not None]
-        limit = min(limits) if limits else self.config.task_timeout
-        call = request.name, request.id, request.ids, run.body
-        expired = False
-        try:
-            if inspect.iscoroutinefunction(registered.function):
-                run.started = True
-                run.task.name = run.name    # should it block the loop, it is named
-                if limit is None:
-                    return await _perform(*call)
-                outcome = await self._run_limited(run, call, limit)
-                expired = outcome is None
-            else:
-                process = (registered.worker or self.config.worker) == "process"
-                pool = self._processes if process else self._threads
-                async with pool.slots:
-                    run.started = True      # from here on the time counts
-                    async with ignore_after(limit) as timer:
-                        if process:
-                            outcome = await pool.call(
-                                _execute_in_child, (self.config.tasks, *call))
-                        else:
-                            outcome = await pool.call(_execute, call)
-                    expired = timer.expired
-        except WorkerLost as exc:
-            return _failure("worker-lost", WorkerLostError(str(exc)))
-        except Exception as exc:        # a child that cannot import the modules, say
-            return _failure("failed", exc)
-        if expired:
-            if len(self._threads.abandoned) >= self.config.threads:
-                log.error("every thread hangs in a task that does not end: stopping, "
-                          "to be started afresh")
-                self.stop(1)
-            return _failure("timeout", TimeLimitExceeded(f"{limit:g} s"))
-        return outcome
-
-    async def _run_limited(self, run: _Run, call: tuple, limit: float) -> tuple | None:
-        # A coroutine may swallow its cancellation. It runs in a task of its own, so
-        # that its message need not wait for it.
-        child = await spawn(_perform(*call), daemon=True)
-        child.name = run.name
-        try:
-            await ignore_after(limit, child.wait())
-            return child.result if child.terminated else None
-        finally:
-            if not child.terminated:
-                await child.cancel(blocking=False)
-
-    # -- what becomes of it ------------------------------------------------------------
-
-    def _settle(self, run: _Run) -> None:
-        """Reply and acknowledge, in this order, on the channel that delivered it."""
-        run.done = True
-        run.tries += 1
-        reply_to = run.properties.reply_to
-        if run.channel.closed is None and run.channel.pika.is_open:
-            if reply_to and run.reply is not None:
-                properties = pika.BasicProperties(
-                    content_type="application/json", content_encoding="utf-8",
-                    delivery_mode=2, correlation_id=run.properties.correlation_id)
-                run.channel.pika.basic_publish("", reply_to, run.reply, properties)
-            run.acked = run.channel.basic_ack(run.tag)
-
-    async def _settle_again(self, run: _Run) -> None:
-        # A reply that the broker does not take (too large for it, an address that makes
-        # it choke) closes the channel, and its message comes again, and again. So those
-        # that come a third time are settled one by one, each with a round trip to see
-        # whether the channel lives. The one that kills it gets no reply any more.
-        if run.tries < 2:
-            self._settle(run)
-            return
-        async with self._settling:
-            if run.channel.closed is None:
-                self._settle(run)
+        given = {name: text.strip() for name, text in environ.items()
+                 if name.startswith("OLIVE_") and text.strip()}
+        values = {}
+        for setting in fields(cls):
+            text = given.pop("OLIVE_" + setting.name.upper(), None)
+            if text is not None:
                 try:
-                    await self._round_trip(run)
-                except AMQPError:
-                    run.reply = None
+                    values[setting.name] = setting.metadata["read"](text)
+                except (ValueError, RecursionError):
+                    values[setting.name] = text     # the check says what it must be
+        for name in given:
+            print(f"olive: unknown setting {name} (ignored)", file=sys.stderr)
+        try:
+            return cls(**values)
+        except ValueError as exc:
+            fail(str(exc), 2)
 
-    async def _round_trip(self, run: _Run) -> None:
-        """Return when the broker has read all that was said on the channel so far."""
-        await run.channel.call("basic_qos", prefetch_count=self.config.prefetch)
 
-    def _error_reply(self, request: Request | None, status: str, error: tuple) -> bytes:
-        kind, module, text, trace = error
-        return json.dumps({
-            "task_id": request and request.id, "status": status, "result": {
-                "exc_type": kind, "exc_message": [text], "exc_module": module},
-            "traceback": trace, "children": []}).encode()
-
-    async def _bury(self, run: _Run, outcome: tuple,
-                    request: Request | None = None) -> None:
-        """Put it into the dead queue with the reason, reply FAILURE, acknowledge."""
-        run.started = True
-        reason, error, _ = outcome
-        kind, _, text, trace = error
-        log.warning("%s is dead (%s): %s: %s", run.name, reason, kind, _shown(text))
-        await self._publish("", self.config.dead_queue, run.body, _again(
-            run.properties, **{"x-olive-reason": reason,
-                               "x-olive-error": f"{kind}: {text}"[:MAX_ERROR],
-                               "x-olive-traceback": trace}))
-        run.reply = self._error_reply(request, "FAILURE", error)
-        self._settle(run)
-
-    async def _wait(self, run: _Run, seconds: float, **changes: Any) -> None:
-        """Let it wait in the ladder, with some headers changed."""
-        if seconds >= 1:
-            ladder = wait_exchange(self.config.queue, LADDER - 1)
-            await self._move(run, ladder, wait_key(seconds), **changes)
-        else:
-            await self._move(run, "", self.config.queue, **changes)
-
-    async def _move(self, run: _Run, exchange: str, key: str, **changes: Any) -> None:
-        """Put it into another queue, with some headers changed, and acknowledge."""
-        run.started = True
-        again = _again(run.properties, **changes)
-        again.message_id = uuid.uuid4().hex     # not its original: see _decide
-        await self._publish(exchange, key, run.body, again)
-        self._settle(run)
-
-    async def _returned(self, run: _Run, request: Request) -> None:
-        """Count a message that came back: it may be what killed the one who had it."""
-        run.leaving = True
-        if request.returns >= MAX_RETURNS:
-            error = RuntimeError(
-                f"came back {request.returns + 1} times: does it kill us?")
-            await self._bury(run, _failure("returned", error), request)
-            return
-        await self._wait(run, 2 ** request.returns if request.returns else 0,
-                         **{"x-olive-returns": request.returns + 1})
-
-    async def _publish_following(self, headers: dict, reply_to, body: bytes) -> None:
-        properties = pika.BasicProperties(
-            content_type="application/json", content_encoding="utf-8", delivery_mode=2,
-            correlation_id=headers["id"], reply_to=reply_to, headers=headers)
-        await self._publish(self.config.exchange, self.config.routing_key, body,
-                            properties)
-
-    async def _publish(self, exchange: str, key: str, body: bytes,
-                       properties: pika.BasicProperties) -> None:
-        """Publish until it is confirmed; if something is missing, declare it again."""
-        for attempt in itertools.count():
-            try:
-                return await self._link.publish(exchange, key, body, properties)
-            except AMQPError as exc:
-                error = exc
-            connection = self._link._connection
-            lost = connection is None or connection.closed is not None
-            if not lost:
-                log.warning("could not publish to %s: %s; trying again",
-                            exchange or key, describe(error))
-            await sleep(min(sweepea.MAX_BACKOFF, 0.1 * 2 ** min(attempt, 10)))
-            if lost:
-                continue    # the link says so, comes back and declares everything
-            try:
-                channel = await connection.channel()
-                await declare_topology(channel, self.config)
-                channel.pika.close()
-            except AMQPError as exc:
-                log.warning("could not declare the topology: %s", describe(exc))
+def fail(text: str, status: int) -> None:
+    """Say what is wrong in one line and leave."""
+    print(f"olive: {text}", file=sys.stderr)
+    raise SystemExit(status)
 
 
 # =====================================================================================
 # The command
 # =====================================================================================
+
+def _settings_help() -> str:
+    defaults, lines = OliveAppConfig(), ["settings (environment variables):"]
+    for setting in fields(OliveAppConfig):
+        default = getattr(defaults, setting.name)
+        shown = json.dumps(default) if isinstance(default, dict) else default
+        lines += [f"  OLIVE_{setting.name.upper()}",
+                  f"      {setting.metadata['meaning']}"
+                  + (f" ({shown})" if default not in (None, "", ()) else "")]
+    return "\n".join(lines)
+
 
 def main(argv: list[str] | None = None) -> None:
     """`python olive_app.py`: run the demo tasks and those of OLIVE_TASKS."""
@@ -1067,9 +1191,7 @@ def main(argv: list[str] | None = None) -> None:
         prog="olive_app.py", description="Run tasks from RabbitMQ: the demo tasks (add,"
         " do_nothing, sleep_n, fib, fail) and those that the modules in OLIVE_TASKS "
         "register.", formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="settings (environment variables) and their defaults:\n" + "\n".join(
-            f"  OLIVE_{f.name.upper():16} {getattr(OliveAppConfig(), f.name)!r}"
-            for f in fields(OliveAppConfig)))
+        epilog=_settings_help())
     parser.add_argument("--version", action="version",
                         version=f"sweepea {sweepea.__version__}")
     group = parser.add_mutually_exclusive_group()

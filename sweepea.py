@@ -1,4 +1,4 @@
-"""Sweepea: a concurrent scheduling kernel inside pika's event loop.
+"""Sweepea: a concurrent scheduling kernel that drives pika's event loop.
 
 A program that talks to RabbitMQ waits most of its life: for a message, for a timer,
 for a thread, for a process. This module turns each of these waits into an `await`. It
@@ -10,14 +10,15 @@ has understood something whole:
     3. Tasks           what the kernel remembers about one coroutine
     4. Waiting rooms   where tasks wait for each other
     5. Timeouts        deadlines that nest
-    6. The kernel      the ready queue, the timers, the trap table, the turn
+    6. The kernel      the ready queue, the timers, the trap table
     7. The bridge      pika's callbacks become awaits; connections that come back
     8. Workers         threads and processes that do the work
 
 The kernel follows Curio (David Beazley, https://github.com/dabeaz/curio): the traps
-have its names, arguments and meanings. What is ours is the pump: the kernel owns no
-poll, but turns the crank of pika's `IOLoop`, which reads and writes the sockets of AMQP
-on the way. Not in here: AMQP frames (pika's), tasks by name (olive_app.py).
+have Curio's names, arguments and meanings. Curio's kernel waits in a poll of its own;
+ours calls the poll of pika's `IOLoop`, which reads and writes the sockets of AMQP on
+the way. Not in here: AMQP frames, which are pika's business, and tasks that are known
+by name, which are the business of olive_app.py.
 
 Copy this file into your own project if you like; it needs nothing but pika.
 
@@ -27,6 +28,8 @@ Copyright (c) 2026 the Sweepea authors. SPDX-License-Identifier: MIT
 from __future__ import annotations
 
 import atexit
+import contextvars
+import functools
 import heapq
 import logging
 import os
@@ -44,32 +47,33 @@ import types
 import weakref
 from collections import OrderedDict, deque
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import islice
 from selectors import EVENT_READ, EVENT_WRITE
-from typing import Any, Awaitable, Callable, Coroutine, Iterable
+from typing import Any, Awaitable, Callable, Coroutine, Iterable, Iterator, NamedTuple
 
 import pika
 from pika.adapters.select_connection import IOLoop, SelectConnection
+from pika.adapters.utils.selector_ioloop_adapter import SelectorIOServicesAdapter
 from pika.exceptions import (
     AMQPConnectionError, AMQPError, AuthenticationError, ChannelClosedByBroker,
     ConsumerCancelled, NackError, ProbableAccessDeniedError,
     ProbableAuthenticationError, UnroutableError)
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 log = logging.getLogger("sweepea")
 
-Corofunc = Callable[..., Coroutine] | Coroutine     # async function or coroutine
+Corofunc = Callable[..., Coroutine] | Coroutine     # an async function or a coroutine
 
 
 # =====================================================================================
 # 1. Errors
 #
-# There are two families. A cancellation is no error: somebody wants the task to end,
-# so it derives from BaseException and passes through every `except Exception`. All
-# else is an ordinary exception. Names and bases are Curio's, so that code written for
-# Curio catches here what it catches there.
+# There are two families. A cancellation is no error: somebody wants the task to end, so
+# it derives from BaseException and passes through every `except Exception`. All else is
+# an ordinary exception. Names and bases are Curio's, so that a program written for
+# Curio, and Curio's own library, catch here what they catch there.
 # =====================================================================================
 
 class CurioError(Exception):
@@ -85,11 +89,15 @@ class TaskCancelled(CancelledError):
 
 
 class TaskTimeout(CancelledError):
-    """The deadline of the innermost `timeout_after` has passed."""
+    """The deadline of the innermost `timeout_after` has passed (chapter 5).
+
+    `args[0]` is the kernel's clock at that moment.
+    """
 
 
 class TimeoutCancellationError(CancelledError):
-    """The deadline of an outer `timeout_after` has passed, not this one."""
+    """The deadline of an outer `timeout_after` has passed, while inside an inner one
+    whose own deadline has not (chapter 5)."""
 
 
 class UncaughtTimeoutError(CurioError):
@@ -101,11 +109,13 @@ class TaskError(CurioError):
 
 
 class SyncIOError(CurioError):
-    """Synchronous I/O was tried on an object that only knows asynchronous I/O."""
+    """Raised by Curio's library on our kernel, never in this module: synchronous I/O
+    on an object that only knows asynchronous I/O."""
 
 
 class AsyncOnlyError(CurioError):
-    """Something asynchronous was asked for outside of asynchronous code."""
+    """Raised by Curio's library on our kernel, never in this module: something
+    asynchronous was asked for outside of asynchronous code."""
 
 
 class ResourceBusy(CurioError):
@@ -121,33 +131,49 @@ class WriteResourceBusy(ResourceBusy):
 
 
 class WorkerLost(CurioError):
-    """The worker process died in the middle of the call (exit code or signal)."""
+    """The worker process died in the middle of the call, of an exit or of a signal."""
 
 
 class WorkerError(CurioError):
     """An exception of a worker process that cannot be pickled: its name and text."""
 
 
+class WorkerStartError(CurioError):
+    """No worker process could be started for the call, which has not begun."""
+
+
 # =====================================================================================
 # 2. Traps
 #
 # How does a function stop in the middle, and go on later? `yield` does just that. A
-# coroutine is a generator in other clothes, and a trap is the one place where it
-# really yields: it hands a request to whoever drives it, and is resumed with the
-# answer. As a system call goes from a program to its operating system, a trap goes
-# from a task to the kernel (chapter 6):
+# coroutine is a generator in other clothes, and a trap is the one place where a
+# coroutine really yields: there it hands a request to whoever drives it, and it is
+# resumed with the answer. As a system call goes from a program to its operating system,
+# a trap goes from a task to the kernel:
 #
 #     async def main():                   kernel
 #         await sleep(1)
 #            |  yield ('trap_sleep', 1)
 #            +--------------------------->  notes the time, runs other tasks ...
 #            <---------------------------+  ... task.send(clock)
-#         (goes on)
+#         (main goes on)
 #
-# All of `async` in this file comes down to the one `yield` below.
+# The kernel's side of it, without time, files and threads, is this:
+#
+#     while ready:                                # a deque of (task, answer)
+#         task, answer = ready.popleft()
+#         try:
+#             trap, *arguments = task.send(answer)    # runs the task to its next trap
+#         except StopIteration:
+#             continue                                # the task has ended
+#         ready.append((task, traps[trap](*arguments)))
+#
+# Chapter 6 is that loop, grown up. An answer that is an exception is raised by `_trap`,
+# in the middle of the task's function; so the kernel needs one way to resume a task,
+# not two. All of `async` in this file comes down to the one `yield` below.
 # =====================================================================================
 
-@types.coroutine
+@types.coroutine            # makes a generator something that can be awaited
 def _trap(*request):
     answer = yield request
     if isinstance(answer, BaseException):
@@ -156,7 +182,7 @@ def _trap(*request):
 
 
 async def sleep(seconds: float) -> float:
-    """Sleep for so many seconds; 0 gives the turn to the other tasks that are ready.
+    """Sleep for so many seconds; 0 lets the other tasks that are ready run first.
 
     Returns the kernel's clock (`time.monotonic()`, seconds) on waking.
     """
@@ -164,7 +190,7 @@ async def sleep(seconds: float) -> float:
 
 
 async def clock() -> float:
-    """Return the kernel's clock in seconds. Nobody else runs in between."""
+    """Return the kernel's clock, `time.monotonic()`, in seconds."""
     return await _trap("trap_clock")
 
 
@@ -173,28 +199,35 @@ async def current_task() -> Task:
     return await _trap("trap_get_current")
 
 
-async def spawn(corofunc: Corofunc, *args: Any, daemon: bool = False) -> Task:
-    """Start `corofunc(*args)` as a task of its own, concurrently; return that Task.
+async def spawn(corofunc: Corofunc, *args: Any) -> Task:
+    """Start `corofunc(*args)` as a task of its own, concurrently; return that Task."""
+    return await _trap("trap_spawn", _coroutine(corofunc, args))
 
-    A `daemon` task runs for ever in the background; nobody is expected to join it.
+
+async def read_wait(fileobj) -> None:
+    """Wait until a socket or pipe (or its number) can be read without blocking.
+
+    Raises ReadResourceBusy if another task waits for the same.
     """
-    task = await _trap("trap_spawn", _coroutine(corofunc, args))
-    task.daemon = daemon
-    return task
-
-
-async def _read_wait(fileobj) -> None:
     await _trap("trap_io", fileobj, EVENT_READ, "READ_WAIT")
 
 
-async def _write_wait(fileobj) -> None:
+async def write_wait(fileobj) -> None:
+    """Wait until a socket or pipe (or its number) can be written without blocking.
+
+    Raises WriteResourceBusy if another task waits for the same.
+    """
     await _trap("trap_io", fileobj, EVENT_WRITE, "WRITE_WAIT")
 
 
-async def _io_release(fileobj) -> None:
+async def io_release(fileobj) -> None:
+    """Have the kernel forget a file. To be called before the file is closed."""
     await _trap("trap_io_release", fileobj)
 
 
+# A future is a result that is not there yet. Those of `concurrent.futures` may be
+# completed by any thread, which is why the bridge and the workers use them, or objects
+# that look like them (`Call` in chapter 8).
 async def _future_wait(future) -> Any:
     await _trap("trap_future_wait", future, None)
     return future.result()
@@ -205,7 +238,7 @@ async def _get_kernel() -> Kernel:
 
 
 def _coroutine(corofunc, args) -> Coroutine:
-    """Take a coroutine as it is; make one of a coroutine function and its arguments."""
+    """Take a coroutine, which has a `send`, as it is; make one of a function."""
     coro = corofunc if hasattr(corofunc, "send") else corofunc(*args)
     if not hasattr(coro, "send"):
         raise TypeError(f"{corofunc!r} is not a coroutine function, nor a coroutine")
@@ -215,37 +248,50 @@ def _coroutine(corofunc, args) -> Coroutine:
 # =====================================================================================
 # 3. Tasks
 #
-# A coroutine knows where it stopped and nothing else. The kernel has to know more:
-# what the task waits for, how to get it out of there, who waits for its end. This is
-# that record. Most tasks never use most of it, so the defaults stand in the class and
-# a new task writes down only what is its own; it makes spawning twice as fast.
+# A coroutine knows where it stopped and nothing else. The kernel has to know more: what
+# the task waits for, how to get it out of there, who waits for its end. This is that
+# record. Most tasks never use most of it, so the defaults stand in the class and a new
+# task writes down only what is its own; this makes spawning twice as fast.
 # =====================================================================================
 
 class Task:
     """One coroutine under the kernel's care. Made by `spawn`, not by hand."""
 
-    # For people:    state, what it waits for; cycles, how often it had the processor;
-    #                daemon, it is in the background; joined, its end was noticed
-    # Where it is:   cancel_func takes it out of where it waits, or None: it does not;
-    #                future, the one it waits for: answers of others are stale
-    # Clocks:        sleep, when it wakes; timeout, when its `timeout_after` ends
-    # Cancellation:  cancelled, once is enough; cancel_pending, not delivered yet;
-    #                allow_cancel, which a task may set to False for a while
-    # Its end:       terminated; joining, the waiting room of those who wait for it
-    # In between:    _trap_result, the answer that it gets when it runs next
+    # state             A word for people: what the task waits for just now.
+    # cycles            How often the task has been resumed. For people, too.
+    # cancel_func       Call it to take the task out of whatever it waits in. None
+    #                   while the task does not wait.
+    # future            The future that the task waits for. An answer of any other
+    #                   future comes too late and is dropped.
+    # sleep, timeout    The clock at which the task's sleep ends, and the one at which
+    #                   its innermost `timeout_after` ends. None if there is none.
+    # cancelled         Somebody has cancelled the task. A second time does nothing.
+    # cancel_pending    A cancellation that could not be delivered yet.
+    # allow_cancel      A task may set this to False for a while: meanwhile its
+    #                   cancellations stay in cancel_pending.
+    # joining           The waiting room of those who wait for the task's end.
+    # _trap_result      The answer that the task gets when it is resumed.
 
     state, cycles, allow_cancel = "INITIAL", 0, True
-    daemon = joined = cancelled = terminated = False
+    cancelled = terminated = False
     cancel_func = future = sleep = timeout = joining = cancel_pending = None
     _trap_result = _final_result = _final_exc = None
     _last_id = 0
 
-    def __init__(self, coro: Coroutine, parent: Task | None = None) -> None:
+    def __init__(self, coro: Coroutine) -> None:
         Task._last_id = self.id = Task._last_id + 1
-        self.parentid = parent and parent.id
-        self.coro, self.send = coro, coro.send
+        self.coro = coro
         self.name = getattr(coro, "__qualname__", None)
-        self._deadlines: list[float] = []   # of the timeouts it is in
+        self._deadlines: list[float] = []   # of the timeouts that the task is in
+        # Each task has context variables of its own, a copy of the spawner's. Without
+        # this, what one task sets (the precision of decimals, say) would hold in every
+        # other task from its next wait on.
+        self._context = contextvars.copy_context()
+        self.send = functools.partial(self._context.run, coro.send)
+
+    def throw(self, exc: BaseException) -> Any:
+        """Raise `exc` where the coroutine stopped. For what did not come by a trap."""
+        return self._context.run(self.coro.throw, exc)
 
     def __repr__(self) -> str:
         return f"Task(id={self.id}, name={self.name!r}, state={self.state!r})"
@@ -253,7 +299,8 @@ class Task:
     async def wait(self) -> None:
         """Wait until the task has ended, however it ends."""
         if not self.terminated:
-            # (an empty room counts as none, and gives way to a new one)
+            # (A room in which nobody sits is false, as its length is 0. Such a room
+            # may as well be replaced by a new one.)
             self.joining = self.joining or SchedBarrier()
             await _trap("trap_sched_wait", self.joining, "TASK_JOIN")
 
@@ -263,18 +310,17 @@ class Task:
         Raises TaskError, with the task's own exception as `__cause__`, if it crashed.
         """
         await self.wait()
-        self.joined = True
         if self._final_exc is not None:
             raise TaskError("Task crash") from self._final_exc
         return self._final_result
 
     async def cancel(self, *, exc=TaskCancelled, blocking: bool = True) -> None:
-        """Raise `exc` in the task where it waits; wait for its end if `blocking`.
+        """Raise `exc`, a class or an instance, in the task where it waits.
 
-        A task that does not wait just now gets it as soon as it does. A task may clean
-        up, even await things, on its way out; a second cancel does not disturb that.
+        If `blocking`, wait for the task's end. A task that does not wait at this moment
+        gets the exception as soon as it does. A task may clean up, even await things,
+        on its way out; a second cancel does not disturb that.
         """
-        self.joined = True
         await _trap("trap_cancel_task", self, exc)
         if blocking:
             await self.wait()
@@ -300,19 +346,21 @@ class Task:
 # Tasks wait for each other: for a lock, an item, an event, an end. All of these need
 # two things of the kernel, a room to sit down in and somebody who calls the next one.
 # A room is an object with two methods that only the kernel calls: `_kernel_suspend`
-# seats a task and returns the function that takes it out again (a cancellation in the
-# middle of the row must not disturb the others); `_kernel_wake` calls up to n tasks.
+# seats a task and returns the function that takes it out again, which becomes the
+# task's `cancel_func`; `_kernel_wake` takes out up to n tasks and returns them.
 #
-# Once called, a task is on the ready queue and cannot be cancelled there: whoever
-# cancels it then is noted, and has to wait until the task waits again. So a wake-up
-# is never swallowed by a task that dies with it.
+# A task that was called sits on the ready queue, and a cancellation that arrives then
+# is kept (`cancel_pending`) until the task waits again. Otherwise a permit of a
+# semaphore could be handed to a task that dies before it can pass the permit on, and
+# one permit would be gone for good.
 # =====================================================================================
 
 class SchedFIFO:
     """A waiting room that calls its tasks in the order of their arrival."""
 
     def __init__(self) -> None:
-        # the one standard container that is a queue from whose middle one can leave
+        # The first must be found quickly, and anybody must be able to leave quickly: an
+        # OrderedDict does both in the same time, however many sit in the room.
         self._tasks: OrderedDict[Task, None] = OrderedDict()
 
     def __len__(self) -> int:
@@ -329,7 +377,7 @@ class SchedFIFO:
         return tasks
 
     async def suspend(self, reason: str = "SUSPEND") -> None:
-        """Sit down in the room until called."""
+        """Sit down in the room until called; `reason` is shown as the task's state."""
         await _trap("trap_sched_wait", self, reason)
 
     async def wake(self, n: int = 1) -> None:
@@ -341,7 +389,9 @@ class SchedBarrier(SchedFIFO):
     """A waiting room that calls everybody at once."""
 
     def __init__(self) -> None:
-        self._tasks = {}    # lighter, but slow if called from its front one by one
+        # A plain dict is smaller. Taking its items one by one from the front would be
+        # slow, but a barrier is emptied in one go.
+        self._tasks = {}
 
     async def wake(self, n: int | None = None) -> None:
         """Call n tasks, or all."""
@@ -359,7 +409,7 @@ class Event:
         return self._set
 
     def clear(self) -> None:
-        """Take the flag down; who comes to wait after this waits."""
+        """Take the flag down; whoever comes to wait after this waits."""
         self._set = False
 
     async def set(self) -> None:
@@ -370,11 +420,11 @@ class Event:
     async def wait(self) -> None:
         """Wait until the flag is up."""
         if not self._set:
-            await _trap("trap_sched_wait", self._waiting, "EVENT_WAIT")
+            await self._waiting.suspend("EVENT_WAIT")
 
 
 class Semaphore:
-    """So many permits; who finds none waits. `async with` takes and returns one.
+    """So many permits; a task that finds none waits. `async with` takes and returns.
 
     A permit that is returned while others wait is handed to the first of them and never
     lies about in between, so that nobody who comes later can snatch it.
@@ -388,12 +438,12 @@ class Semaphore:
         if self.value > 0:
             self.value -= 1
         else:
-            await _trap("trap_sched_wait", self._waiting, "SEMA_ACQUIRE")
+            await self._waiting.suspend("SEMA_ACQUIRE")
 
     async def release(self) -> None:
         """Return a permit."""
-        if self._waiting:
-            await _trap("trap_sched_wake", self._waiting, 1)
+        if len(self._waiting):
+            await self._waiting.wake()
         else:
             self.value += 1
 
@@ -428,21 +478,59 @@ class Queue:
         return item
 
 
+async def gather(*coroutines: Coroutine) -> list:
+    """Run the coroutines as tasks, all at once; return their results in their order.
+
+    The first failure cancels the others and is raised when they have ended; a
+    cancellation of the caller cancels all. After asyncio's function of that name.
+    """
+    failures = []
+
+    async def watched(coro):
+        try:
+            return await coro
+        except BaseException as exc:
+            failures.append(exc)
+            for task in tasks:
+                await task.cancel(blocking=False)
+
+    tasks = [await spawn(watched(coro)) for coro in coroutines]
+    try:
+        for task in tasks:
+            await task.wait()
+    finally:
+        for task in tasks:          # to those that have ended it does nothing
+            await task.cancel(blocking=False)
+        for task in tasks:
+            await task.wait()
+    if failures:
+        raise failures[0]
+    return [task.result for task in tasks]
+
+
 # =====================================================================================
 # 5. Timeouts
 #
 # The kernel knows one deadline per task, the earliest. Deadlines nest, so each block
-# puts its own on the task's stack, and remembers which one was in force before:
+# puts its own on the task's stack and remembers which one was in force before:
 #
 #     async with timeout_after(5):            stack: [5]       in force: 5
-#         async with timeout_after(9):        stack: [5, 9]    in force: 5
-#             await something()      <-- at 5 the kernel raises TaskTimeout here
+#         async with timeout_after(2):        stack: [5, 2]    in force: 2
+#             await something()      <-- at 2 the kernel raises TaskTimeout here
 #
-# As the exception travels outwards every block asks the same questions. Is the time of
-# a block further out up? Then I am only in its way: the exception goes on, under the
-# name of TimeoutCancellationError, so that nobody in between takes it for his own. Is
-# mine? Then it is my TaskTimeout. If neither is, a timeout has come out of a block
-# where it should have been caught.
+# As the exception travels outwards, every block looks at the clock that the exception
+# carries, and asks two questions. Has the deadline of a block further out passed? Then
+# the exception is meant for that one, and goes on as TimeoutCancellationError, so that
+# nobody in between takes it for his own. Has this block's deadline passed? Then the
+# block raises its TaskTimeout, or ends quietly if it is an `ignore_after`. If neither
+# has, a TaskTimeout escaped from a block further in where somebody should have caught
+# it, and this block says so with UncaughtTimeoutError. The three cases, with what
+# comes out of each block if nobody catches anything:
+#
+#     outer  inner    at     out of the inner block        out of the outer block
+#       5      2       2     TaskTimeout                   UncaughtTimeoutError
+#       2      5       2     TimeoutCancellationError      TaskTimeout
+#       2      2       2     TimeoutCancellationError      TaskTimeout
 # =====================================================================================
 
 FOREVER = float("inf")
@@ -452,39 +540,44 @@ class _Timeout:
     """A deadline around a block, or around one call (`_over`)."""
 
     def __init__(self, seconds: float | None, ignore: bool, timeout_result: Any = None):
-        self._seconds, self._ignore, self._instead = seconds, ignore, timeout_result
+        self._seconds, self._ignore = seconds, ignore
+        self._timeout_result = timeout_result
         self.expired, self.result = False, True
 
     async def __aenter__(self) -> _Timeout:
         self._deadlines = (await current_task())._deadlines
         deadline = FOREVER if self._seconds is None else self._seconds + await clock()
         self._deadlines.append(deadline)
-        self._earlier = await _trap("trap_set_timeout", deadline)
+        self._previous = await _trap("trap_set_timeout", deadline)
         return self
 
     async def __aexit__(self, kind, exc, tb) -> bool:
-        await _trap("trap_unset_timeout", self._earlier)
-        mine, outer = self._deadlines.pop(), self._deadlines
+        await _trap("trap_unset_timeout", self._previous)
+        deadline = self._deadlines.pop()    # this block's; those further out are left
         if kind not in (TaskTimeout, TimeoutCancellationError):
             return False
-        now = exc.args[0]
-        if any(deadline <= now for deadline in outer):
+        # The program may have raised one itself, without the clock in it.
+        now = exc.args[0] if exc.args else time.monotonic()
+        # A new exception with the old traceback: the context of the old one, in which
+        # the block was only being left, would tell the reader nothing.
+        if any(outer <= now for outer in self._deadlines):
             raise TimeoutCancellationError(now).with_traceback(tb) from None
-        if mine > now:
+        if deadline > now:
             raise UncaughtTimeoutError("Uncaught timeout received") from exc
-        self.expired, self.result = True, self._instead
+        self.expired, self.result = True, self._timeout_result
         if self._ignore:
             return True
         raise TaskTimeout(now).with_traceback(tb) from None
 
     def _over(self, corofunc, args) -> Any:
-        # a coroutine, for `await`; or the block itself, for `async with`
+        # With a function: a coroutine, for `await`. Without: the block itself, for
+        # `async with`.
         return self._run(corofunc, args) if corofunc else self
 
     async def _run(self, corofunc, args) -> Any:
         async with self:
             return await _coroutine(corofunc, args)
-        return self.result
+        return self.result      # reached only if the block ignored its timeout
 
 
 def timeout_after(seconds: float | None, corofunc=None, *args) -> Any:
@@ -500,8 +593,9 @@ def ignore_after(seconds: float | None, corofunc=None, *args,
                  timeout_result: Any = None) -> Any:
     """Like `timeout_after`, but the end of the time is no exception.
 
-    The call returns `timeout_result`; the block ends, with `expired` set on the object
-    that `as` gives, and `timeout_result` as its `result` (True otherwise).
+    The call returns `timeout_result`. The block ends, with `expired` set on the object
+    that `as` gives, and `timeout_result` as that object's `result`; a block that ends
+    in time leaves True there.
     """
     return _Timeout(seconds, True, timeout_result)._over(corofunc, args)
 
@@ -510,26 +604,34 @@ def ignore_after(seconds: float | None, corofunc=None, *args,
 # 6. The kernel
 #
 # Whoever drives coroutines needs a loop: run what is ready, find out what has become
-# ready since, and again. pika has such a loop, its IOLoop, and it must go on turning,
-# for it is there that AMQP is read, written and kept alive by heartbeats. So the
-# kernel brings no second one. It turns the crank of pika's, as pika's own
-# BlockingConnection does, and takes a turn of its own each time round:
+# ready since, and again. To find that out one calls a poll: it asks the operating
+# system to put the thread to sleep until one of these sockets has data, or until so
+# much time is over. pika has such a loop, its IOLoop, and pika's must go on turning,
+# for it is there that AMQP is read, written and kept alive by heartbeats. A thread can
+# sleep in one poll only. So the kernel has none of its own: it calls pika's, as pika's
+# BlockingConnection does, and then takes its own turn, round after round:
 #
 #          +---------------- pika's IOLoop -----------------+
 #          |  poll()                 process_timeouts()     |
-#     +--->|  waits for the sockets  callbacks, then timers |---> the turn: runs all --+
-#     |    +------+---------------------+--------------+----+     that is ready        |
-#     |      add_handler     add_callback_threadsafe  call_later                       |
-#     |      (a task waits   (another thread          (so that the poll                |
-#     |      for a file)     woke a task)             ends in time)                    |
-#     +--------------------------------------------------------------------------------+
+#     +--->|  sleeps until there is  calls callbacks, then  |---> the kernel's turn --+
+#     |    |  something to do        the timers that are due|     runs ready tasks    |
+#     |    +------+---------------------+--------------+----+                         |
+#     |      add_handler     add_callback_threadsafe  call_later                      |
+#     |      (a task waits   (another thread          (so that the poll               |
+#     |      for a file)     woke a task)             ends in time)                   |
+#     +-------------------------------------------------------------------------------+
 #
-# A turn (`_turn`) runs what is ready, and what becomes ready of that, until a
-# millisecond is over; then it is pika's turn again, however many tasks are still
-# ready. The clock is looked at after each task, so a turn is longer by what its last
-# task takes until it waits or gives way. One that computes, or goes from trap to trap
-# without ever waiting, blocks everything, as it does in every event loop; the kernel
-# can only say afterwards which one it was (`BLOCKED`).
+# A turn runs what is ready, and what becomes ready of that, for a millisecond at most
+# (`SLICE`). Tasks can make each other ready without end; without that limit pika would
+# never read a socket again, and the broker would think us dead. The clock is looked at
+# after each task, so the last task of a turn can overrun the millisecond, and a task
+# that computes without ever waiting blocks everything, as it does in every event loop.
+# The kernel can only say afterwards which task it was (`BLOCKED`).
+#
+# Three rules keep all this free of locks. One thread alone touches the kernel, the one
+# that is in `run`; another thread may only complete a future. A task reaches the kernel
+# by traps alone. A callback of pika's, which cannot trap, may call `_spawn`, complete a
+# future, or leave something to the end of the turn (`_call_at_turn_end`).
 # =====================================================================================
 
 SLICE = 0.001           # seconds after which no further task is begun in a turn
@@ -538,47 +640,67 @@ SHUTDOWN_GRACE = 2.0    # seconds that a cancelled task has, at shutdown, to go
 
 _MASKS = {EVENT_READ: IOLoop.READ, EVENT_WRITE: IOLoop.WRITE}   # of selectors, of pika
 _SUSPENDED = object()   # what a trap answers if the task has to wait
-# the traps that are answered with a cancellation, if one is due
+# The traps that may wait. They are answered with a cancellation if one is pending.
 _WAITING = {"trap_io", "trap_future_wait", "trap_sleep", "trap_sched_wait"}
+_driven: dict[int, "Kernel"] = {}       # thread -> the kernel that it drives just now
+
+
+class _Watch(NamedTuple):
+    """What pika's loop watches one file number for, and who waits for it."""
+    owner: Callable         # gives the file object, or None; see `_watch`
+    mask: int               # the bits of the events that the loop watches for
+    waits: dict             # bit (IOLoop.READ or WRITE) -> the task that waits for it
+
+
+def _nobody() -> None:
+    """The owner of a number of which nothing is known."""
 
 
 def _number(fileobj) -> int:
-    return getattr(fileobj, "fileno", lambda: fileobj)()    # (or it is the number)
+    return fileobj.fileno() if hasattr(fileobj, "fileno") else fileobj
 
 
 class Kernel:
     """Runs coroutines on pika's IOLoop. After Curio's class of the same name.
 
-    `loop` is the IOLoop to live in (made if not given; it belongs to the kernel from
-    then on, which closes it at shutdown), `taskcls` the class of its tasks.
+    `loop` is the IOLoop to drive (made if not given; from then on it belongs to the
+    kernel, which closes it at shutdown), `taskcls` the class of the kernel's tasks.
     """
 
     def __init__(self, *, loop: IOLoop | None = None, taskcls: type = Task) -> None:
-        self.loop = loop or _Loop()     # (pika's, with a bell of ours: see chapter 7)
+        self.loop = loop or IOLoop()
         self.loop.activate_poller()
-        self._taskcls, self._tasks = taskcls, {}    # (number -> Task)
+        self._taskcls = taskcls
+        self._tasks: dict[int, Task] = {}       # by the task's number
         self._ready: deque[Task] = deque()
-        self._current, self._running = None, False
-        self._timers: list[tuple[float, int, str]] = []     # (clock, task id, kind)
-        # number -> (ref() is its owner, what it is watched for, READ or WRITE -> task)
-        self._files: dict[int, tuple[Callable, int, dict[int, Task]]] = {}
-        self._woken, self._waking = deque(), False  # (task, future); see _wake
+        self._current: Task | None = None
+        self._timers: list[tuple[float, int, str]] = []     # (clock, task number, kind)
+        self._files: dict[int, _Watch] = {}
+        self._completed: deque = deque()        # (task, future) from other threads
+        self._rung = False                      # the loop was told of these already
+        self._thread: int | None = None         # the one that is in `run`
+        self._at_turn_end: list[Callable[[], Any]] = []
+        self._call_at_turn_end = self._at_turn_end.append
         self._shutdown_funcs: list[Callable[[], Any]] | None = []   # None: it is closed
         self._call_at_shutdown = self._shutdown_funcs.append
         self._traps: dict[str, Callable] = {
-            "trap_io": self._trap_io, "trap_io_release": self._trap_io_release,
-            "trap_io_waiting": self._trap_io_waiting,
+            "trap_io": self._trap_io,
+            "trap_io_release": self._trap_io_release,
+            "trap_io_waiting": self._trap_io_waiting,       # for Curio's library
             "trap_future_wait": self._trap_future_wait,
-            "trap_spawn": self._spawn, "trap_cancel_task": self._trap_cancel_task,
+            "trap_spawn": self._spawn,
+            "trap_cancel_task": self._trap_cancel_task,
             "trap_sched_wait": self._trap_sched_wait,
             "trap_sched_wake": self._trap_sched_wake,
-            "trap_sleep": self._trap_sleep, "trap_clock": time.monotonic,
+            "trap_sleep": self._trap_sleep,
+            "trap_clock": time.monotonic,
             "trap_set_timeout": self._trap_set_timeout,
             "trap_unset_timeout": self._trap_unset_timeout,
-            "trap_get_kernel": lambda: self, "trap_get_current": lambda: self._current,
+            "trap_get_kernel": lambda: self,
+            "trap_get_current": lambda: self._current,
         }
 
-    # -- driving it --------------------------------------------------------------------
+    # -- driving the loop --------------------------------------------------------------
 
     def run(self, corofunc: Corofunc | None = None, *args, shutdown=False) -> Any:
         """Run `corofunc(*args)` until it ends; return its result or raise what it did.
@@ -587,10 +709,14 @@ class Kernel:
         coroutine: one pass over whatever is ready and due. With `shutdown=True`: cancel
         every task, newest first, and close the kernel for good.
 
-        Raises RuntimeError if the kernel is running already, or was shut down.
+        Raises RuntimeError if this thread runs a kernel already, or if this kernel runs
+        in another thread, was shut down or has crashed.
         """
-        if self._running or self._shutdown_funcs is None:
-            raise RuntimeError("kernel is running already, was shut down or crashed")
+        if threading.get_ident() in _driven or self._thread is not None:
+            raise RuntimeError("a kernel is running already: in a coroutine, use "
+                               "`await` instead of run()")
+        if self._shutdown_funcs is None:
+            raise RuntimeError("the kernel was shut down, or has crashed")
         main = self._spawn(_coroutine(corofunc, args)) if corofunc else None
         try:
             if main or not shutdown:
@@ -600,7 +726,6 @@ class Kernel:
                 self._drive(self._spawn(self._cancel_all()))
                 self._close()
         if main:
-            main.joined = True
             return main.result
 
     def __enter__(self) -> Kernel:
@@ -611,28 +736,37 @@ class Kernel:
             self.run(shutdown=True)
 
     def _drive(self, main: Task | None) -> None:
-        self._main, self._running = main, True
+        self._main, self._thread = main, threading.get_ident()
+        _driven[self._thread] = self
         try:
             while True:
-                # The poll must not wait when something is ready, nor beyond a timer of
-                # ours, nor at all in a single pass. An alarm in pika's heap ends it. It
-                # costs as much as the poll, so there is none if no end is needed.
-                due = self._timers[0][0] if self._timers else FOREVER
-                wait = max(0, due - time.monotonic()) if main and not self._ready else 0
-                alarm = wait < FOREVER and self.loop.call_later(wait, lambda: None)
-                self.loop.poll()
-                if alarm:
-                    self.loop.remove_timeout(alarm)
+                self._poll()
                 self.loop.process_timeouts()
                 self._turn()
                 if main is None or main.terminated:
                     break
         finally:
-            self._current, self._running = None, False
+            _driven.pop(self._thread, None)     # a forked child has emptied it
+            self._current = self._thread = None
+
+    def _poll(self) -> None:
+        # How long may the poll sleep? Not at all if a task is ready, nor in a single
+        # pass; else until our earliest timer is due, or for ever. A timer of pika's
+        # ends the poll in time. Setting one costs as much as the poll itself, so none
+        # is set where the poll may sleep for ever.
+        if self._ready or not self._main:
+            seconds = 0
+        elif self._timers:
+            seconds = max(0, self._timers[0][0] - time.monotonic())
+        else:
+            self.loop.poll()
+            return
+        alarm = self.loop.call_later(seconds, lambda: None)
+        self.loop.poll()
+        self.loop.remove_timeout(alarm)
 
     async def _cancel_all(self) -> None:
-        self._current.joined = True
-        # (once more, as long as those who go spawn others on their way)
+        # Tasks may spawn others on their way out, so this goes on until none is left.
         while others := [t for t in self._tasks.values() if t is not self._current]:
             for task in reversed(others):
                 await ignore_after(SHUTDOWN_GRACE, task.cancel)
@@ -650,48 +784,56 @@ class Kernel:
 
     def _turn(self) -> None:
         ready, traps, main = self._ready, self._traps, self._main
-        began = now = time.monotonic()
+        now = time.monotonic()
         self._expire(now)
-        # (a single pass has no main task, and is whole, however long it takes)
-        for _ in range(sys.maxsize if main else len(ready)):
-            if not ready or main and (main.terminated or now - began > SLICE):
-                break
+        # A single pass, which has no main task, runs each task that is ready now once,
+        # however long that takes.
+        most, end = (sys.maxsize, now + SLICE) if main else (len(ready), FOREVER)
+        while ready and most and now <= end and not (main and main.terminated):
+            most -= 1
             task = self._current = ready.popleft()
             task.state = "RUNNING"
             task.cycles += 1
             answer, task._trap_result = task._trap_result, None
 
-            # The task runs from trap to trap until one of them makes it wait. What a
-            # trap raises is its answer, too.
+            # The task runs from trap to trap until one of them makes it wait.
+            resume = task.send
             while answer is not _SUSPENDED:
                 try:
-                    request = task.send(answer)
-                except BaseException as exc:
+                    request = resume(answer)
+                except BaseException as exc:    # StopIteration, too: it has returned
                     self._end(task, exc)
                     break
+                resume = task.send
                 try:
                     trap = traps[request[0]]
-                except (KeyError, TypeError, IndexError):
-                    # No trap: a fault of the program. Nobody can know any more what
-                    # the other tasks wait for.
-                    self._close()
+                except TypeError:               # asyncio yields None, or its own future
+                    resume, answer = task.throw, TypeError(_FOREIGN.format(request))
+                    continue
+                except KeyError:                # a trap that nobody knows: the program
+                    self._close()               # was written for some other kernel
                     raise
                 if task.cancel_pending and task.allow_cancel and request[0] in _WAITING:
                     answer, task.cancel_pending = task.cancel_pending, None
                     continue
                 try:
                     answer = trap(*request[1:])
-                except Exception as exc:
-                    answer = exc.with_traceback(None)   # (ours would tell nothing)
+                except Exception as exc:        # what a trap raises is its answer
+                    answer = exc.with_traceback(None)   # our own frames say nothing
 
             before, now = now, time.monotonic()
             if now - before > BLOCKED:
                 log.warning("%r ran for %.1f s without waiting", task, now - before)
         self._current = None
+        self._end_turn()
+
+    def _end_turn(self) -> None:
+        while self._at_turn_end:
+            self._at_turn_end.pop()()
 
     def _spawn(self, coro: Coroutine) -> Task:
-        """Make a task of a coroutine. For callbacks of pika, too, which cannot trap."""
-        task = self._taskcls(coro, self._current)
+        """Make a task of a coroutine. For callbacks of pika's, too."""
+        task = self._taskcls(coro)
         self._tasks[task.id] = task
         self._schedule(task)
         return task
@@ -699,7 +841,8 @@ class Kernel:
     def _schedule(self, task: Task, answer: Any = None) -> None:
         """Put a task on the ready queue, with the answer to the trap it waits in.
 
-        It does not wait any more: a future or a timer that comes later is stale.
+        The task does not wait any more: a future or a timer of its own that comes later
+        finds nothing.
         """
         task.state, task._trap_result = "READY", answer
         task.cancel_func = task.future = task.sleep = None
@@ -711,7 +854,7 @@ class Kernel:
 
     def _end(self, task: Task, exc: BaseException) -> None:
         task.state, task.terminated = "TERMINATED", True
-        self._tasks.pop(task.id, None)      # (it is not there if it was dropped)
+        self._tasks.pop(task.id, None)      # a task that was dropped is not there
         if task.joining is not None:
             self._trap_sched_wake(task.joining, len(task.joining))
         if isinstance(exc, StopIteration):
@@ -727,18 +870,18 @@ class Kernel:
 
     # -- cancellation ------------------------------------------------------------------
     #
-    # An exception can be raised in a task only where it waits, that is: inside a trap.
-    # Elsewhere, and while the task has taken `allow_cancel` down, it becomes
-    # `cancel_pending`. The first trap that waits (`_WAITING`) after that, with
-    # `allow_cancel` up again, is answered with it (in `_turn`).
+    # An exception can be raised in a task only where the task waits, that is: inside a
+    # trap. At any other moment, and while the task has set `allow_cancel` to False, the
+    # exception is kept in `cancel_pending`. The next trap that waits (`_WAITING`) with
+    # `allow_cancel` True again is answered with it, in `_turn`.
 
     def _interrupt(self, task: Task, exc: BaseException) -> None:
         if task.allow_cancel and task.cancel_func is not None:
+            task.future = None      # or a future, when cancelled, would wake the task
             task.cancel_func()
             self._schedule(task, exc)
         elif task.cancel_pending is None or not isinstance(exc, TaskTimeout):
-            # (a timeout must not take the place of a cancellation that is due)
-            task.cancel_pending = exc
+            task.cancel_pending = exc   # a timeout never displaces what is pending
 
     def _trap_cancel_task(self, task, exc=TaskCancelled, val=None):
         if not task.cancelled and not task.terminated:
@@ -758,29 +901,33 @@ class Kernel:
 
     # -- time --------------------------------------------------------------------------
     #
-    # One heap holds all the clocks to watch, sleeps and timeouts. Nothing is ever taken
-    # out of its middle: an entry counts only if the task still says the same time when
-    # the entry comes up. Most timeouts are unset long before, so dead entries pile up.
-    # A task has two clocks at most. So when there are four entries a task, half of them
-    # or more are dead, and are swept out (and with them the duplicates that nested
-    # timeouts make by setting the outer one again): a look or two for each, on average.
+    # One heap holds all the clocks to watch, sleeps and timeouts. pika's loop has a
+    # heap of timers, too, but ours cost less: nothing is ever taken out of the middle
+    # of our heap. An entry counts only if the task still says the same time when the
+    # entry comes up, and most timeouts are unset long before, so dead entries pile up.
+    # A task has two clocks at most. When there are more than four entries a task, at
+    # least half of them are dead, and all of these are swept out, duplicates included:
+    # a few steps per entry on average, however many there are.
 
     def _set_timer(self, task: Task, kind: str, clock: float) -> None:
         setattr(task, kind, clock)
-        if len(self._timers) > 4 * len(self._tasks) + 1000:
-            # (what is sorted is a heap)
-            self._timers = sorted({t for t in self._timers if self._counts(t)})
+        if len(self._timers) > 4 * len(self._tasks) + 1000:     # few are not worth it
+            alive = {timer for timer in self._timers if self._counts(timer)}
+            self._timers = sorted(alive)        # a sorted list is a heap
         heapq.heappush(self._timers, (clock, task.id, kind))
 
     def _counts(self, timer: tuple[float, int, str]) -> bool:
-        return getattr(self._tasks.get(timer[1]), timer[2], None) == timer[0]
+        clock, number, kind = timer
+        task = self._tasks.get(number)
+        return task is not None and getattr(task, kind) == clock
 
     def _expire(self, now: float) -> None:
         while self._timers and self._timers[0][0] <= now:
             timer = heapq.heappop(self._timers)
             if self._counts(timer):
-                task = self._tasks[timer[1]]
-                if timer[2] == "sleep":
+                _, number, kind = timer
+                task = self._tasks[number]
+                if kind == "sleep":
                     self._schedule(task, now)
                 else:
                     task.timeout = None
@@ -789,79 +936,89 @@ class Kernel:
     def _trap_sleep(self, seconds):
         now = time.monotonic()
         if seconds <= 0:
-            return self._schedule(self._current, now) or _SUSPENDED
+            self._schedule(self._current, now)
+            return _SUSPENDED
         self._set_timer(self._current, "sleep", now + seconds)
         return self._suspend("TIME_SLEEP", lambda: None)
 
     def _trap_set_timeout(self, clock):
-        earlier = self._current.timeout
-        if clock is not None and (earlier is None or clock < earlier):
+        previous = self._current.timeout
+        if clock is not None and (previous is None or clock < previous):
             self._set_timer(self._current, "timeout", clock)
-        return earlier
+        return previous
 
-    def _trap_unset_timeout(self, earlier):
-        # A TaskTimeout that could not be delivered was meant for the block that is
-        # being left: it is dropped. The evil corner: the earlier deadline may have
-        # passed as well. It must not be raised here, where the inner block is still
-        # being left, but at the next trap that waits; set anew it does just that.
+    def _trap_unset_timeout(self, previous):
+        # A timeout that is still pending was meant for the block that is being left, so
+        # it is dropped. The evil corner: the outer deadline may have passed as well. It
+        # must not be raised here, in the `__aexit__` of the inner block. The outer
+        # deadline's timer is set again; as it is overdue, it fires in the next turn.
         task = self._current
         if isinstance(task.cancel_pending, TaskTimeout):
             task.cancel_pending = None
         task.timeout = None
-        if earlier is not None:
-            self._set_timer(task, "timeout", earlier)
+        if previous is not None:
+            self._set_timer(task, "timeout", previous)
         return time.monotonic()
 
     # -- files -------------------------------------------------------------------------
     #
     # pika's loop knows a file by its number and calls one handler for it; here one task
-    # may wait to read from it and another one to write to it, so there is a little
-    # table per number. A wait lasts for one event. But whoever was woken by a file
-    # mostly waits for it again soon, and it takes two system calls to have a file
-    # forgotten and watched again. So the loop goes on watching it, until an event comes
-    # that nobody waits for.
+    # may wait to read from it and another one to write to it. A wait lasts for one
+    # event. But a task that was woken by a file mostly waits for it again soon, and to
+    # have a file forgotten and watched again costs two system calls. So the loop goes
+    # on watching until an event comes that nobody waits for:
+    #
+    #     read_wait     the loop is told to watch for READ, the task waits
+    #     event         the task is woken; the loop still watches
+    #     read_wait     nothing to tell the loop
+    #     event         the task is woken
+    #     event         nobody waits: the loop is told to forget the file
     #
     # Numbers are used again as soon as a file is closed. So the loop is told anew when
-    # a number changes its owner; and a file has to be released before it is closed,
-    # even if nobody waits for it any more: the poll watches the open file, not its
-    # number, and while a forked child holds a copy, it can no longer be told to stop.
+    # a number has a new owner, and a file has to be released before it is closed, even
+    # if nobody waits for it any more. Why? epoll watches the open file itself, not its
+    # number. If a forked child still has the file open, closing our number does not end
+    # the watch, and without the number nobody can end it any more.
 
     def _watch(self, fd: int, fileobj, mask: int, waits: dict[int, Task]) -> None:
         """Have pika's loop watch a file for the events of the mask, and no others."""
         self._forget(fd)
         if mask:
             self.loop.add_handler(fd, self._on_io, mask | IOLoop.ERROR)
-            # Only a socket is known to keep its file for life; a number, or an object
-            # that may open another file, counts as a new owner each time. (A weak
-            # reference, so that a socket which nobody has any more still closes.)
-            ref = weakref.ref(fileobj) if isinstance(fileobj, socket.socket) else object
-            self._files[fd] = ref, mask, waits
+            # A socket keeps its file for life, so the socket object shows whether the
+            # number still belongs to it. A bare number shows nothing, nor does an
+            # object that may open another file: these are watched anew each time. The
+            # reference is weak, so that a socket which nobody has any more is closed.
+            is_socket = isinstance(fileobj, socket.socket)
+            owner = weakref.ref(fileobj) if is_socket else _nobody
+            self._files[fd] = _Watch(owner, mask, waits)
 
     def _forget(self, fd: int) -> None:
         if self._files.pop(fd, None):
-            # (closed before it was released, mostly forgotten by the poll, and by pika
-            # if it had the number itself in between)
+            # If the file was closed first, the system, or pika if it got the number in
+            # between, has forgotten it already.
             with suppress(KeyError, OSError, ValueError):
                 self.loop.remove_handler(fd)
 
     def _on_io(self, fd: int, events: int) -> None:
-        # An error or a hang-up (their bits lie above READ and WRITE) wakes both sides:
-        # their next read or write will show it.
-        ref, _, waits = self._files[fd]
-        woken = [bit for bit in waits if events & bit or events >= IOLoop.ERROR]
+        # An error or a hang-up (their bits are higher than READ and WRITE) wakes both
+        # sides: their next read or write will show it.
+        watch = self._files[fd]
+        woken = [bit for bit in watch.waits if events & bit or events >= IOLoop.ERROR]
         for bit in woken:
-            self._schedule(waits.pop(bit))
+            self._schedule(watch.waits.pop(bit))
         if not woken:
-            self._watch(fd, ref(), sum(waits), waits)
+            self._watch(fd, watch.owner(), sum(watch.waits), watch.waits)
 
     def _trap_io(self, fileobj, event, state):
         fd, bit = _number(fileobj), _MASKS[event]
-        ref, watched, waits = self._files.get(fd, (object, 0, {}))
+        watch = self._files.get(fd) or _Watch(_nobody, 0, {})
+        waits = watch.waits
         if bit in waits:
             busy = ReadResourceBusy if event == EVENT_READ else WriteResourceBusy
             raise busy(f"another task waits for the same of file {fd}")
-        mask = sum(waits) | bit
-        if mask != watched or ref() is not fileobj:
+        mask = sum(waits) | bit     # the keys of `waits` are bits: their sum is a mask
+        if mask != watch.mask or watch.owner() is not fileobj:
             self._watch(fd, fileobj, mask, waits)
         waits[bit] = self._current
         return self._suspend(state, lambda: waits.pop(bit))
@@ -870,69 +1027,170 @@ class Kernel:
         self._forget(_number(fileobj))
 
     def _trap_io_waiting(self, fileobj):
-        waits = self._files.get(_number(fileobj), (None, 0, {}))[2]
-        return waits.get(IOLoop.READ), waits.get(IOLoop.WRITE)
+        watch = self._files.get(_number(fileobj)) or _Watch(_nobody, 0, {})
+        return watch.waits.get(IOLoop.READ), watch.waits.get(IOLoop.WRITE)
 
-    # -- other threads -----------------------------------------------------------------
+    # -- futures, and other threads ----------------------------------------------------
     #
-    # The only thing that another thread may do to the kernel is to append to a deque
-    # (which is atomic) and to ring. The bell is rung only by the first who finds it
-    # silent; all who come before the kernel answers ride along. The order matters: the
-    # thread appends and then looks at the flag, the kernel takes the flag down and then
-    # empties the deque. So an entry is either seen by this round, or its thread finds
-    # the flag down and rings again.
+    # A task is never resumed by the thread that completes its future: the whole kernel
+    # is without locks because one thread alone touches it. All that another thread does
+    # is to append to a deque, which is atomic, and to ring, that is: to have pika's
+    # loop call `_on_ring`. Only the first that finds the loop not rung for rings; all
+    # that complete something before the loop answers ride along.
+    #
+    #     other thread       append to the deque        look at the flag: down? ring
+    #     the loop           take the flag down         empty the deque
+    #
+    # The order matters. An entry is either in the deque before the loop empties it, or
+    # its thread looks at the flag after the loop has taken it down, and rings again.
 
-    def _wake(self, task: Task, future) -> None:
-        self._woken.append((task, future))
-        if not self._waking:
-            self._waking = True
-            self.loop.add_callback_threadsafe(self._on_wake)
+    def _complete(self, task: Task, future) -> None:
+        """Wake the task that waits for this future. Called by whoever completes it."""
+        if threading.get_ident() == self._thread and task.future is future:
+            self._schedule(task)        # pika's callbacks and our tasks need no bell
+            return
+        self._completed.append((task, future))
+        if not self._rung:
+            self._rung = True
+            self.loop.add_callback_threadsafe(self._on_ring)
 
-    def _on_wake(self) -> None:
-        self._waking = False
-        while self._woken:
-            task, future = self._woken.popleft()
+    def _on_ring(self) -> None:
+        self._rung = False
+        while self._completed:
+            task, future = self._completed.popleft()
             # A task that was cancelled may wait for another future by now.
             if task.future is future:
                 self._schedule(task)
 
     def _trap_future_wait(self, future, event):
         task = self._current
-        future.add_done_callback(lambda future: self._wake(task, future))
+        future.add_done_callback(lambda future: self._complete(task, future))
         if event is not None:
-            event.set()
+            event.set()     # Curio's library: whoever completes the future may begin
         task.future = future
         return self._suspend("FUTURE_WAIT", future.cancel)
 
 
+_FOREIGN = ("a task awaited something that is not of Sweepea's kernel ({!r}): asyncio's "
+            "coroutines do not work here; use sweepea.sleep, run_in_thread and the like")
+
+
 def run(corofunc: Corofunc, *args: Any) -> Any:
-    """Run `corofunc(*args)` on a kernel of its own: made, used and shut down."""
+    """Run `corofunc(*args)` on a kernel of its own: made, used and shut down.
+
+    Raises RuntimeError if this thread runs a kernel already.
+    """
     with Kernel() as kernel:
         return kernel.run(corofunc, *args)
+
+
+# -- signals, and forked children ------------------------------------------------------
+#
+# Python runs signal handlers between two steps of the program and then goes back to the
+# poll (PEP 475), so a handler cannot end the poll; and a handler that takes a lock may
+# wait for ever for the very code that it interrupted. But the interpreter can write the
+# number of each signal to a socket, at once, and a task can wait for that socket.
+#
+# A process that a task forks (`multiprocessing.Pool` does) inherits handlers, numbers
+# and sockets, none of which are meant for it. It would not die of a SIGTERM; and while
+# it lives, the broker would not notice the death of its parent, since the connection is
+# still open. So in every forked child the handlers become the default ones again, and
+# the file numbers of our connections lead to /dev/null. To close the numbers would be
+# wrong: objects of pika's in the child would close them a second time, when they may
+# belong to another file.
+
+_handled: dict[int, Any] = {}           # signal -> the handler before ours
+_connected: set[int] = set()            # file numbers of connections to a broker
+
+
+class _Signals:
+    def __init__(self, sock: socket.socket, numbers: tuple[int, ...]) -> None:
+        self._sock, self.numbers = sock, numbers
+        self._came: deque[int] = deque()
+
+    async def get(self) -> int:
+        """Take the number of the next signal, waiting for one if need be."""
+        while not self._came:
+            await read_wait(self._sock)
+            self._came.extend(n for n in self._sock.recv(100) if n in self.numbers)
+        return self._came.popleft()
+
+
+@contextmanager
+def signals(*numbers: int) -> Iterator[_Signals]:
+    """A queue of the signals that come: `with signals(SIGTERM) as queue:`, and then
+    `number = await queue.get()` in a task.
+
+    For the main thread. A signal that is ignored when the block begins stays ignored;
+    at the end of the block the handlers are what they were before. Curio's idea, where
+    it is called SignalQueue.
+    """
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    theirs.setblocking(False)
+    numbers = tuple(n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN)
+    # The handler does nothing, but without one Python would not write the number.
+    before = {n: signal.signal(n, lambda *_: None) for n in numbers}
+    wakeup_fd = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    _handled.update(before)
+    try:
+        yield _Signals(ours, numbers)
+    finally:
+        signal.set_wakeup_fd(wakeup_fd)
+        for n, handler in before.items():
+            signal.signal(n, handler)
+            _handled.pop(n, None)
+        ours.close()
+        theirs.close()
+
+
+def _in_forked_child() -> None:
+    _driven.clear()
+    if _handled:
+        signal.set_wakeup_fd(-1)
+        for number in _handled:
+            signal.signal(number, signal.SIG_DFL)
+    if _connected:
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for number in _connected:
+            os.dup2(nowhere, number)
+
+
+os.register_at_fork(after_in_child=_in_forked_child)
 
 
 # =====================================================================================
 # 7. The bridge
 #
 # pika's asynchronous API is made of callbacks: you call `queue_declare(...,
-# callback=f)`, and some turns of the loop later pika calls f, or never, if the channel
+# callback=f)`, and some rounds of the loop later pika calls f, or never, if the channel
 # is closed before. Here that becomes `await channel.call("queue_declare", ...)`, which
 # always comes back: with the answer, or with the exception that closed the channel.
 #
-#     _Loop        pika's loop, with a bell of ours
 #     Connection   one connection of pika's, used up when it closes
 #     Channel      one channel on it; consumes, acknowledges, publishes with confirms
 #     Link         the connection that always comes back
 #
-# AMQP itself (frames, heartbeats, negotiation) stays pika's affair.
+# In each of them `.pika` is pika's own object of that kind. AMQP itself (frames,
+# heartbeats, negotiation) stays pika's affair. The words of AMQP that are needed here:
 #
-# Who holds a message, and what becomes of it if the next line never runs?
+#     channel        a conversation; a connection carries many, each with an order of
+#                    its own. An error closes the channel.
+#     delivery tag   the number of a delivery on its channel: 1, 2, 3 ...
+#     acknowledge    tell the broker by its tag that a message may be forgotten; until
+#                    then the broker holds the message for us. To nack is to give back.
+#     prefetch       how many unacknowledged messages a consumer may have at once
+#     confirm        the broker's acknowledgement of what we publish
+#     mandatory      what no queue takes is returned to us, and not dropped in silence
 #
+# Who holds a message, and what becomes of the message if we die just then?
+#
+#     where the message is        who holds it          if we die now
 #     on its way to us            the broker            nothing happened yet
-#     delivered, not settled      the broker, for us    it gives it to somebody else
+#     delivered, not settled      the broker, for us    somebody else gets it
 #     acknowledged                nobody                its work was done before that
-#     being published             whoever awaits        not confirmed: publishes again
-#     published and confirmed     the broker            on disk; now we may acknowledge
+#     being published             whoever awaits        it may be there, or not
+#     published and confirmed     the broker            it is on disk
 # =====================================================================================
 
 MAX_BACKOFF = 30.0      # seconds between two attempts to connect, at most
@@ -940,94 +1198,70 @@ MAX_BACKOFF = 30.0      # seconds between two attempts to connect, at most
 REFUSED = (AuthenticationError, ProbableAuthenticationError, ProbableAccessDeniedError)
 
 
-class _Loop(IOLoop):
-    """pika's loop with a cheaper bell.
-
-    To be woken by other threads, pika's loop holds a TCP connection with itself, for
-    that is what every system has. A pipe beside it does the same with less work. And
-    the bell is not read, thus silenced, in each round: a read lets other threads run,
-    and the loop would have to wait for its turn in Python again. While something new
-    comes it is left ringing; the first round that finds nothing silences it.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._due, self._ringing, self._lock = deque(), False, threading.Lock()
-        bell, rope = os.pipe()
-        self._bell, self._rope = open(bell, "rb", 0), open(rope, "wb", 0)
-        self.add_handler(bell, self._on_bell, self.READ)
-
-    def add_callback_threadsafe(self, callback: Callable[[], Any]) -> None:
-        self._due.append(callback)      # first, for the same reason as in Kernel._wake
-        if not self._ringing:
-            self._ringing = True
-            with self._lock, suppress(ValueError):      # closed: nobody hears it
-                self._rope.write(b"!")
-
-    add_callback = add_callback_threadsafe
-
-    def _on_bell(self, _fd: int, _events: int) -> None:
-        if not self._due:
-            self._bell.read(1)
-            self._ringing = False
-
-    def process_timeouts(self) -> None:
-        # (in every round: if one raises, nobody rings for those behind it)
-        for _ in range(len(self._due)):
-            self._due.popleft()()
-        super().process_timeouts()
-
-    def close(self) -> None:
-        super().close()
-        with self._lock:        # (or a ringer might write into who has the number next)
-            self._rope.close()
-        self._bell.close()
-
-
 class _Closable:
     """What connections and channels have in common: waiters, who learn of its end."""
 
     def __init__(self, kernel: Kernel) -> None:
         self._kernel = kernel
-        self._waiters: set[Future] = set()
+        self._expected: set[Future] = set()
         self.closed: BaseException | None = None    # the reason, once it is closed
 
-    def _reply(self) -> Future:
-        """Make a future that gets the exception if this is closed before the answer."""
-        reply: Future = Future()
+    def _expect(self) -> Future:
+        """Make a future for an answer. It fails if this is closed before that."""
+        answer: Future = Future()
         if self.closed is not None:
-            reply.set_exception(self.closed)
+            answer.set_exception(self.closed)
         else:
-            self._waiters.add(reply)
-            reply.add_done_callback(self._waiters.discard)
-        return reply
+            self._expected.add(answer)
+            answer.add_done_callback(self._expected.discard)
+        return answer
 
     def _on_close(self, _pika_object, reason: BaseException) -> None:
         if self.closed is None:
             self.closed = reason
-            for reply in list(self._waiters):
-                reply.set_exception(reason)
+            for answer in list(self._expected):
+                answer.set_exception(reason)
 
     async def _call(self, method: Callable, *args: Any, callback: str, **kwargs) -> Any:
-        reply = self._reply()
+        """Call a method of pika's whose parameter of the name `callback` takes the
+        function that gets the answer; wait for that answer."""
+        answer = self._expect()
+
+        def on_answer(value) -> None:
+            if not answer.done():   # it is if the caller was cancelled meanwhile
+                answer.set_result(value)
+
         if self.closed is None:
-            # (the answer may come when the waiter was cancelled and is gone)
-            method(*args, **{callback: lambda answer: reply.done()
-                             or reply.set_result(answer)}, **kwargs)
-        return await _future_wait(reply)
+            method(*args, **{callback: on_answer}, **kwargs)
+        return await _future_wait(answer)
 
     async def wait_closed(self) -> BaseException:
         """Wait until this is closed; return the reason."""
         try:
-            await _future_wait(self._reply())
+            await _future_wait(self._expect())      # no answer ever comes, but the end
         except Exception as reason:
             return reason
+
+
+class _Services(SelectorIOServicesAdapter):
+    """pika's own adapter to its loop, which also notes the numbers of the sockets, so
+    that forked children can be kept from holding them (see the end of chapter 6)."""
+
+    def set_reader(self, fd: int, on_readable: Callable[[], None]) -> None:
+        _connected.add(fd)
+        super().set_reader(fd, on_readable)
+
+    def remove_reader(self, fd: int) -> bool:
+        _connected.discard(fd)
+        return super().remove_reader(fd)
 
 
 class Connection(_Closable):
     """A connection to RabbitMQ; made by `await Connection.open(urls)`."""
 
-    pika: SelectConnection
+    def __init__(self, kernel: Kernel) -> None:
+        super().__init__(kernel)
+        self._unblocked = Event()       # up as long as the broker lets us publish
 
     @classmethod
     async def open(cls, urls: Iterable[str]) -> Connection:
@@ -1044,49 +1278,53 @@ class Connection(_Closable):
                 return connection
             except AMQPError as exc:
                 errors.append(exc)
-        raise next((exc for exc in errors if isinstance(exc, REFUSED)), errors[-1])
+        refusals = [exc for exc in errors if isinstance(exc, REFUSED)]
+        raise (refusals or errors)[-1]
 
     async def _open(self, url: str) -> None:
-        opened = self._reply()
-        self._unblocked = Event()
-        self._unblocked._set = True
+        opened = self._expect()
+        await self._unblocked.set()
 
-        def on_error(connection, error) -> None:
-            if not isinstance(error, AMQPError):    # some of pika's own are not
-                error = AMQPConnectionError(repr(error))
-            self._on_close(connection, error)
-            self._on_unblocked()    # who waits for that shall see that it is closed
+        def on_open(_connection) -> None:
+            if not opened.done():
+                opened.set_result(None)
 
         self.pika = SelectConnection(
-            pika.URLParameters(url), custom_ioloop=self._kernel.loop,
-            on_open_callback=lambda _: opened.done() or opened.set_result(None),
-            on_open_error_callback=on_error, on_close_callback=on_error)
+            pika.URLParameters(url), custom_ioloop=_Services(self._kernel.loop),
+            on_open_callback=on_open, on_open_error_callback=self._on_error,
+            on_close_callback=self._on_error)
         self.pika.add_on_connection_blocked_callback(self._on_blocked)
         self.pika.add_on_connection_unblocked_callback(self._on_unblocked)
         try:
             await _future_wait(opened)
-        except BaseException:
-            # Cancelled (after a failure this is not called). pika trips over a close()
-            # in the midst of its handshake, so that has to end first, within 15 s.
+        except CancelledError:
+            # pika trips over a close() in the midst of its handshake, so the handshake
+            # has to end first. pika itself gives it up after 15 s.
             self.pika.add_on_open_callback(lambda connection: connection.close())
             raise
+
+    def _on_error(self, connection, error) -> None:
+        # pika takes every connection that is lost during the handshake for a refusal. A
+        # broker that refuses says so before it closes; one that restarts says nothing.
+        guessed = isinstance(error, REFUSED) and "ClosedByBroker" not in str(error)
+        if guessed or not isinstance(error, AMQPError):
+            error = AMQPConnectionError(str(error) or repr(error))
+        self._on_close(connection, error)
+        # Publishers that wait for the end of a block shall see that this is closed.
+        self._kernel._spawn(self._unblocked.set())
 
     def _on_blocked(self, _connection, frame) -> None:
         log.warning("the broker has blocked the connection (%s): nothing is published "
                     "nor acknowledged until it lifts that", frame.method.reason)
         self._unblocked.clear()
 
-    def _on_unblocked(self, _connection=None, _frame=None) -> None:
-        if not self._unblocked.is_set() and self.closed is None:
-            log.info("the broker has lifted the block")
-        self._unblocked._set = True
-        room = self._unblocked._waiting
-        self._kernel._trap_sched_wake(room, len(room))
+    def _on_unblocked(self, _connection, _frame) -> None:
+        log.info("the broker has lifted the block")
+        self._kernel._spawn(self._unblocked.set())
 
     async def channel(self, confirm: bool = False) -> Channel:
         """Open a channel; with `confirm`, one whose publishes are confirmed."""
-        channel = Channel(self._kernel)
-        channel.connection = self
+        channel = Channel(self._kernel, self)
         channel.pika = await self._call(self.pika.channel, callback="on_open_callback")
         channel.pika.add_on_close_callback(channel._on_close)
         channel.pika.add_on_cancel_callback(
@@ -1098,23 +1336,32 @@ class Connection(_Closable):
 
     async def close(self, timeout: float = 2.0) -> None:
         """Close the connection; wait `timeout` s at most for the broker's word."""
+        self._kernel._end_turn()        # what is acknowledged goes out first
         if not (self.pika.is_closed or self.pika.is_closing):
             self.pika.close()
         if self.closed is None:
             await ignore_after(timeout, self.wait_closed())
 
 
+class _Publish:
+    """A message on its way to the broker, until it is confirmed."""
+
+    def __init__(self, confirmed: Future, content: tuple) -> None:
+        self.confirmed = confirmed
+        self.content = content      # exchange, routing key, correlation id, body
+        self.error: AMQPError | None = None     # set if the message was returned
+
+
 class Channel(_Closable):
     """A channel; made by `await connection.channel()`."""
 
-    pika: pika.channel.Channel
-    connection: Connection
-
-    def __init__(self, kernel: Kernel) -> None:
+    def __init__(self, kernel: Kernel, connection: Connection) -> None:
         super().__init__(kernel)
+        self.connection = connection
         self._published = 0
-        # delivery tag -> (future, what it was, the exception if it came back)
-        self._unconfirmed: dict[int, list] = {}
+        self._unconfirmed: dict[int, _Publish] = {}     # by number, in order
+        self._unsettled: dict[int, None] = {}           # delivery tags, in order
+        self._acknowledged: set[int] = set()            # said, but not sent yet
 
     async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Call a method of pika's channel that takes `callback=`; return its answer.
@@ -1122,8 +1369,12 @@ class Channel(_Closable):
         `await channel.call("queue_declare", queue="q", durable=True)`. Raises what
         closed the channel, or pika's ChannelWrongStateError, if it is closed.
         """
+        if method == "basic_consume":
+            args, kwargs = self._noting(*args, **kwargs)
         return await self._call(getattr(self.pika, method), *args, callback="callback",
                                 **kwargs)
+
+    # -- publishing, on a channel with confirms ----------------------------------------
 
     async def basic_publish(self, exchange: str, routing_key: str, body: bytes,
                             properties: pika.BasicProperties) -> None:
@@ -1133,69 +1384,121 @@ class Channel(_Closable):
         could not, and what closed the channel if that came first.
         """
         await self.connection._unblocked.wait()
-        reply = self._reply()
+        confirmed = self._expect()
         if self.closed is None:
-            self.pika.basic_publish(exchange, routing_key, body, properties, True)
+            self.pika.basic_publish(exchange, routing_key, body, properties,
+                                    mandatory=True)
             self._published += 1
-            what = (exchange, routing_key, properties.correlation_id, body)
-            self._unconfirmed[self._published] = [reply, what, None]
-        await _future_wait(reply)
+            content = exchange, routing_key, properties.correlation_id, body
+            self._unconfirmed[self._published] = _Publish(confirmed, content)
+        await _future_wait(confirmed)
 
-    # A returned message carries no number, but the broker returns it before it confirms
-    # it, and in order. So the first one in flight that is the same message is it (if
-    # there are two the same, to the byte, it does not matter which).
+    # A returned message carries no number, but the broker returns a message before it
+    # confirms it, and in order. So it is the oldest unconfirmed message with the same
+    # content. If there are two of the same content, either may be the one.
     def _on_return(self, _channel, method, properties, body) -> None:
-        returned = (method.exchange, method.routing_key, properties.correlation_id,
-                    body)
-        for entry in self._unconfirmed.values():
-            if entry[1] == returned and entry[2] is None:
-                entry[2] = UnroutableError([method])
+        content = method.exchange, method.routing_key, properties.correlation_id, body
+        for publish in self._unconfirmed.values():
+            if publish.content == content and publish.error is None:
+                publish.error = UnroutableError([method])
                 break
 
     def _on_confirm(self, frame) -> None:
-        tag, failed = frame.method.delivery_tag, isinstance(
-            frame.method, pika.spec.Basic.Nack)
-        first = next(iter(self._unconfirmed), tag)
-        for tag in range(first, tag + 1) if frame.method.multiple else (tag,):
-            reply, _, error = self._unconfirmed.pop(tag, (None, None, None))
-            if reply is not None and not reply.done():
-                error = error or (NackError([]) if failed else None)
-                reply.set_exception(error) if error else reply.set_result(None)
+        confirm = frame.method
+        tags = [confirm.delivery_tag]
+        if confirm.multiple:            # this one and all before it
+            first = next(iter(self._unconfirmed), confirm.delivery_tag)
+            tags = range(first, confirm.delivery_tag + 1)
+        for tag in tags:
+            publish = self._unconfirmed.pop(tag, None)
+            if publish is None or publish.confirmed.done():
+                continue                # its publisher was cancelled
+            if isinstance(confirm, pika.spec.Basic.Nack):
+                publish.error = publish.error or NackError([])
+            if publish.error:
+                publish.confirmed.set_exception(publish.error)
+            else:
+                publish.confirmed.set_result(None)
 
-    # A message can be settled only on the channel that delivered it. If that is gone,
-    # the broker has taken the message back already, so there is nothing left to say.
-    def basic_ack(self, delivery_tag: int) -> bool:
-        """Acknowledge; True if it was said on a channel that was open."""
-        if self.closed is None and self.pika.is_open:
-            self.pika.basic_ack(delivery_tag)
-            return True
-        return False
+    # -- consuming: acknowledgements are gathered --------------------------------------
+    #
+    # To send an acknowledgement is a system call for us and a wake-up for the broker:
+    # the largest cost by far of a message that is quickly done. But the broker takes
+    # one acknowledgement for "this tag and all before it" (`multiple`). So `basic_ack`
+    # only notes the tag, and at the end of the turn few acknowledgements go out for
+    # many messages:
+    #
+    #     delivered      1  2  3  4  5  6  7
+    #     acknowledged   x  x  x     x     x       one for 3 and before, one each for
+    #                             ^                5 and 7, since 4 is still worked on
+    #
+    # For that the channel must know every delivery that is not settled, or `multiple`
+    # would take messages along that nobody has acknowledged; hence `_noting`. A reply
+    # that is written in the same turn still goes out before the acknowledgement.
+    #
+    # A message can be settled only on the channel that delivered it. Once that is gone,
+    # the broker has taken the message back, so there is nothing left to say.
+
+    def _noting(self, queue: str, on_message_callback: Callable, auto_ack: bool = False,
+                **kwargs: Any) -> tuple[tuple, dict]:
+        def on_message(channel, method, properties, body) -> None:
+            if not auto_ack:
+                self._unsettled[method.delivery_tag] = None
+            on_message_callback(channel, method, properties, body)
+
+        return (queue, on_message, auto_ack), kwargs
+
+    def basic_ack(self, delivery_tag: int) -> None:
+        """Acknowledge a delivery. Goes out at the end of the turn, with others."""
+        if not self._acknowledged:
+            self._kernel._call_at_turn_end(self._send_acknowledged)
+        self._acknowledged.add(delivery_tag)
 
     def basic_nack(self, delivery_tag: int) -> None:
         """Give a message back to its queue."""
+        self._unsettled.pop(delivery_tag, None)
         if self.closed is None and self.pika.is_open:
             self.pika.basic_nack(delivery_tag)
+
+    def _send_acknowledged(self) -> None:
+        tags, self._acknowledged = self._acknowledged, set()
+        if self.closed is not None or not self.pika.is_open:
+            return
+        together = 0        # all acknowledged up to this one; 0: none
+        for tag in self._unsettled:
+            if tag not in tags:
+                break
+            together = tag
+        for tag in tags:
+            self._unsettled.pop(tag, None)
+        if together:
+            self.pika.basic_ack(together, multiple=True)
+        for tag in sorted(tags):
+            if tag > together:
+                self.pika.basic_ack(tag)
 
 
 class Link:
     """A connection that comes back for ever, with the topology declared anew each time.
 
     `on_connect(connection, channel)` is a coroutine function that declares what the
-    user needs and starts its consumers, on the channel for deliveries, replies and
-    acknowledgements; that channel is not in confirm mode, so that what is said on it is
-    done in that order. Confirmed publishes have a channel of their own, so that what
-    goes wrong there costs no delivery.
+    user needs and starts its consumers. Deliveries, replies and acknowledgements share
+    that one channel, which is without confirms: the broker handles what is said on it
+    in that order. Confirmed publishes have a second channel, so that an error there
+    costs no delivery.
     """
 
     def __init__(self, urls: Iterable[str],
                  on_connect: Callable[..., Awaitable]) -> None:
         self._urls = list(urls)
         self._on_connect = on_connect
-        self._connection: Connection | None = None
+        self._opening = Semaphore(1)        # one task at a time opens the publisher
         self._publisher: Channel | None = None
-        self._opening = Semaphore(1)
+        self.connection: Connection | None = None       # while the link is up
+        self.channel: Channel | None = None             # likewise
         self.up = Event()
         self.ever_up = False
+        self.was_brief = False      # the last connection did not last MAX_BACKOFF
 
     async def run(self) -> None:
         """Connect, and connect again whenever that ends, until cancelled.
@@ -1204,40 +1507,52 @@ class Link:
         refusal (REFUSED), or a queue that exists with other arguments (pika's
         ChannelClosedByBroker); these are raised. Everything later is tried again.
         """
-        attempt, said = 0, None
+        attempts, said = 0, ""
         while True:
-            began = await clock()
-            try:
-                self._connection = await Connection.open(self._urls)
-                channel = await self._connection.channel()
-                await self._on_connect(self._connection, channel)
-                log.log(logging.WARNING if self.ever_up else logging.INFO, "%s to %s",
-                        "reconnected" if self.ever_up else "connected",
-                        self._connection.pika.params.host)
-                said, self.ever_up = None, True
-                await self.up.set()
-                # A channel that dies alone (a timeout of the broker's, a consumer that
-                # was cancelled) takes the connection with it: there is one way back.
-                reason = await channel.wait_closed()
-            except AMQPError as exc:
-                refusals = (*REFUSED, ChannelClosedByBroker)
-                if not self.ever_up and isinstance(exc, refusals):
-                    raise
-                reason = exc
-            finally:
-                self.up.clear()
-                if self._connection is not None:
-                    await self._connection.close()
-                    self._connection = None
-            # A connection that held for a while starts again from the shortest wait.
-            attempt = 0 if await clock() - began > MAX_BACKOFF else attempt + 1
-            wait = min(MAX_BACKOFF, 0.5 * 2 ** min(attempt, 10))
-            if (text := describe(reason)) != said:
+            was_up, reason = await self._stay()
+            if was_up:
+                said = ""
+                attempts = attempts if self.was_brief else 0
+            if describe(reason) != said:        # each reason is told once
+                said = describe(reason)
                 log.warning("%s: %s; trying again, at most every %.0f s",
-                            "connection lost" if self.ever_up and not said
-                            else "no connection to the broker", text, MAX_BACKOFF)
-                said = text
+                            "connection lost" if was_up else
+                            "no connection to the broker", said, MAX_BACKOFF)
+            wait = min(MAX_BACKOFF, 0.5 * 2 ** min(attempts, 10))
+            attempts += 1
+            # Without the dice, all apps would come back in the same moment.
             await sleep(wait * random.uniform(0.5, 1))
+
+    async def _stay(self) -> tuple[bool, BaseException]:
+        """Connect, and stay connected as long as that lasts.
+
+        Returns whether there was a connection, and why there is none any more.
+        """
+        connection = None
+        try:
+            connection = await Connection.open(self._urls)
+            channel = await connection.channel()
+            await self._on_connect(connection, channel)
+            log.log(logging.WARNING if self.ever_up else logging.INFO, "%s to %s",
+                    "reconnected" if self.ever_up else "connected",
+                    connection.pika.params.host)
+            self.connection, self.channel, self.ever_up = connection, channel, True
+            began = await clock()
+            await self.up.set()
+            # A channel that dies alone (a timeout of the broker's, a consumer that was
+            # cancelled) takes the connection with it: there is one way back.
+            reason = await channel.wait_closed()
+            self.was_brief = await clock() - began < MAX_BACKOFF
+            return True, reason
+        except AMQPError as exc:
+            if not self.ever_up and isinstance(exc, (*REFUSED, ChannelClosedByBroker)):
+                raise
+            return False, exc
+        finally:
+            self.up.clear()
+            self.connection = self.channel = None
+            if connection is not None:
+                await connection.close()
 
     async def publish(self, exchange: str, routing_key: str, body: bytes,
                       properties: pika.BasicProperties) -> None:
@@ -1245,12 +1560,12 @@ class Link:
         `Channel.basic_publish` does; it is the caller who tries again."""
         await self.up.wait()
         async with self._opening:
-            if self._connection is None:
+            if self.connection is None:
                 raise AMQPConnectionError("connection lost")
             publisher = self._publisher
             if publisher is None or publisher.closed or (
-                    publisher.connection is not self._connection):
-                publisher = await self._connection.channel(confirm=True)
+                    publisher.connection is not self.connection):
+                publisher = await self.connection.channel(confirm=True)
                 self._publisher = publisher
         await publisher.basic_publish(exchange, routing_key, body, properties)
 
@@ -1270,12 +1585,19 @@ def describe(error: BaseException) -> str:
 #
 # A function that blocks or computes cannot run on the kernel: everything would stand
 # still. It runs in a thread, or in a process, and its caller awaits it like anything
-# else. Both pools hold at most so many workers, start them as they are needed, and let
-# callers wait for a free one in a Semaphore; so whoever has got through runs at once.
+# else. Threads are cheap, but only one of them computes at any moment (Python's global
+# interpreter lock, the GIL), and a thread cannot be killed. Processes compute side by
+# side and can be killed, but function, arguments and result have to travel.
+#
+#     caller -> queue -> thread -> deque of the kernel, and a ring -> caller
+#     caller -> semaphore -> socket -> process -> socket -> caller
+#
+# Why not `concurrent.futures`? Its ProcessPoolExecutor breaks as a whole when one of
+# its processes dies, and cannot kill the one that runs a call.
 # =====================================================================================
 
-THREADS = 20                        # the size of the pools, unless somebody
-PROCESSES = os.cpu_count() or 1     # puts others in their place
+THREADS = 20                        # the sizes of the pools, unless somebody has made
+PROCESSES = os.cpu_count() or 1     # a pool of another size for the kernel before
 
 
 async def run_in_thread(func: Callable, *args: Any) -> Any:
@@ -1285,20 +1607,20 @@ async def run_in_thread(func: Callable, *args: Any) -> Any:
     is replaced, and what it brings in the end is thrown away.
     """
     kernel = await _get_kernel()
-    pool = kernel.__dict__.get("thread_pool") or ThreadPool(kernel, THREADS)
-    async with pool.slots:
-        return await pool.call(func, args)
+    pool = getattr(kernel, "thread_pool", None) or ThreadPool(kernel, THREADS)
+    return await Call(pool, func, args).result()
 
 
 async def run_in_process(func: Callable, *args: Any) -> Any:
     """Run `func(*args)` in a worker process; return its result or raise its exception.
 
     Function, arguments and result travel by pickle. If the caller is cancelled, the
-    process is killed. Raises WorkerLost if the process dies, WorkerError in place of an
-    exception that cannot be pickled; `__cause__` holds the remote traceback.
+    process is killed. Raises WorkerLost if the process dies, WorkerStartError if none
+    can be started, and WorkerError in place of an exception that cannot be pickled;
+    `__cause__` holds the remote traceback.
     """
     kernel = await _get_kernel()
-    pool = kernel.__dict__.get("process_pool") or ProcessPool(kernel, PROCESSES)
+    pool = getattr(kernel, "process_pool", None) or ProcessPool(kernel, PROCESSES)
     async with pool.slots:
         return await pool.call(func, args)
 
@@ -1310,94 +1632,130 @@ class RemoteTraceback(Exception):
         return "\n" + self.args[0]
 
 
-class _Job:
+class Call:
     """A call on its way through a thread. To the kernel it is a future.
 
-    Two threads may want to decide its fate at the same moment, the one that runs it and
-    the kernel that cancels it. Each takes the next ticket from the list (`pop` is
-    atomic), and the ticket says who came first:
+    Two may want to decide its fate at the same moment, the thread that runs it and the
+    kernel that takes it back. So there are two tickets, locks that are never released:
+    whoever acquires a ticket first has it.
 
-        the thread draws "start"          it runs the function
-        the thread draws "end"            (after that) the result counts
-        the kernel draws "start"          the function is never run
-        the kernel draws "end"            the thread is in the midst: abandoned
+        ticket "begin"     the thread has it: the function runs
+                           the kernel has it: the call is taken back, and never runs
+        ticket "end"       the thread has it: the outcome counts
+                           the kernel has it: the thread is abandoned in its midst
     """
 
-    __slots__ = ("pool", "func", "args", "tickets", "callback", "result", "error")
+    __slots__ = ("pool", "func", "args", "context", "limit", "begin", "end", "began",
+                 "outcome", "error", "callback", "alarm")
 
-    def __init__(self, pool: ThreadPool, func: Callable, args: tuple) -> None:
-        self.pool, self.func, self.args = pool, func, args
-        self.tickets = ["end", "start"]
-        self.error = None
+    def __init__(self, pool: ThreadPool, func: Callable, args: tuple,
+                 limit: float | None = None) -> None:
+        self.pool, self.func, self.args, self.limit = pool, func, args, limit
+        # The function sees the context variables of the task that calls it.
+        self.context = contextvars.copy_context()
+        self.begin, self.end = threading.Lock(), threading.Lock()
+        self.began = self.outcome = self.error = self.alarm = None
 
-    def draw(self) -> str | None:
+    async def result(self) -> Any:
+        """Run the call; return its result or raise its error.
+
+        Raises TimeoutError once it has run for more than `limit` seconds.
+        """
+        self.pool.in_hand += 1
         try:
-            return self.tickets.pop()
-        except IndexError:
-            return None
+            await _trap("trap_future_wait", self, None)
+            if self.error is not None:
+                raise self.error
+            return self.outcome
+        finally:
+            self.pool.in_hand -= 1
+            if self.alarm is not None:
+                self.pool.loop.remove_timeout(self.alarm)
+            del self    # or the error would hold the frame, and the frame the error
 
     def add_done_callback(self, callback: Callable) -> None:
+        """The kernel waits now. Only now is there somebody to tell of the end, so only
+        now the call goes out to the threads."""
         self.callback = callback
-        self.pool.jobs.put(self)
+        if self.limit is not None:
+            self.alarm = self.pool.loop.call_later(self.limit, self.on_alarm)
+        self.pool.submit(self)
+
+    def take_back(self) -> bool:
+        """Whether the call had not begun. If so, now it never will."""
+        return self.begin.acquire(blocking=False) and self.end.acquire(blocking=False)
 
     def cancel(self) -> None:
-        self.pool.abandon(self)
+        if not self.take_back():
+            self.pool.abandon(self)
+
+    # The limit counts from the moment in which the function begins, and nobody tells
+    # the kernel of that moment. So the alarm is set to the earliest possible end. When
+    # it comes, either the call has had its time or the alarm is set anew.
+    def on_alarm(self) -> None:
+        now = time.monotonic()
+        left = self.limit if self.began is None else self.began + self.limit - now
+        if left > 0:
+            self.alarm = self.pool.loop.call_later(left, self.on_alarm)
+        elif self.pool.abandon(self):
+            self.error = TimeoutError(f"{self.limit:g} s")
+            self.callback(self)
 
 
 class ThreadPool:
-    """The threads of a kernel; calls in `abandoned` run on though nobody waits."""
+    """The threads of a kernel. All take their calls from one queue, into which every
+    call goes at once: a thread that is done goes on without asking the kernel."""
 
     def __init__(self, kernel: Kernel, size: int) -> None:
-        self.size = size
-        self.abandoned: set[_Job] = set()
-        self.jobs: queue.SimpleQueue = queue.SimpleQueue()
-        self.slots = Semaphore(size)
+        self.loop, self.size = kernel.loop, size
+        self.in_hand = 0                    # calls that somebody waits for
+        self.abandoned: set[Call] = set()   # calls that run on, though nobody waits
+        self._calls: queue.SimpleQueue = queue.SimpleQueue()
         self._threads = 0
         kernel.thread_pool = self
         kernel._call_at_shutdown(self.shutdown)
 
-    async def call(self, func: Callable, args: tuple) -> Any:
-        """See `run_in_thread`; for those who hold one of the `slots`."""
-        if self._threads < self.size - self.slots.value:
+    def submit(self, call: Call) -> None:
+        self._calls.put(call)
+        if self._threads < min(self.size, self.in_hand):
             self._threads += 1
             threading.Thread(target=self._work, daemon=True).start()
-        job = _Job(self, func, args)
-        await _trap("trap_future_wait", job, None)
-        if job.error is None:
-            return job.result
-        try:
-            raise job.error
-        finally:
-            del job     # an exception must not hold the frame that holds it
 
     def _work(self) -> None:
-        while (job := self.jobs.get()) is not None:
-            if job.draw() != "start":
+        while (call := self._calls.get()) is not None:
+            call.began = time.monotonic()
+            if not call.begin.acquire(blocking=False):
                 continue
             try:
-                job.result = job.func(*job.args)
+                call.outcome = call.context.run(call.func, *call.args)
             except BaseException as exc:
-                job.error = exc
-            if job.draw() != "end":
-                self.abandoned.discard(job)     # back after all; its place was taken
+                call.error = exc
+            if not call.end.acquire(blocking=False):
+                # The kernel has given up this thread, and lets another take its place.
+                self.abandoned.discard(call)
                 return
-            job.callback(job)
-            del job                     # hold on to nothing while waiting
+            call.callback(call)
+            del call            # hold on to nothing while waiting
 
-    def abandon(self, job: _Job) -> None:
-        """Give up a call: it is not begun any more, or its thread is replaced."""
-        self.abandoned.add(job)     # first, or its thread might take it out too early
-        if job.draw() != "end":
-            self.abandoned.discard(job)
-            return
+    def abandon(self, call: Call) -> bool:
+        """Give up the thread that runs the call; False if the call is done after all.
+
+        The call is first added, and taken out again if need be. The other way round the
+        thread might take the call out before it is in.
+        """
+        self.abandoned.add(call)
+        if not call.end.acquire(blocking=False):
+            self.abandoned.discard(call)
+            return False
         self._threads -= 1
         log.warning("a thread was abandoned in %s, which still runs (%d of %d)",
-                    getattr(job.func, "__qualname__", job.func), len(self.abandoned),
+                    getattr(call.func, "__qualname__", call.func), len(self.abandoned),
                     self.size)
+        return True
 
     def shutdown(self) -> None:
         for _ in range(self._threads):
-            self.jobs.put(None)
+            self._calls.put(None)
 
 
 # A worker process and its parent talk through a pair of sockets. A message is four
@@ -1407,27 +1765,27 @@ class ThreadPool:
 _HEAD = struct.Struct("!I")
 
 
+def _framed(data: bytes) -> bytes:
+    return _HEAD.pack(len(data)) + data
+
+
 def _process_main(sock: socket.socket) -> None:
     """The life of a worker process: receive a call, run it, send what came of it."""
-    # Ctrl-C goes to all processes of a terminal, but the parent decides what happens. A
-    # handler that does nothing, rather than SIG_IGN, since that would be inherited by
-    # programs that a task starts.
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda *_: None)
+    # Ctrl-C goes to all processes of a terminal, but the parent decides what happens.
+    # These handlers do nothing. SIG_IGN would do the same, but programs that a job
+    # starts would inherit it. What a job forks gets the default handlers, and loses our
+    # socket, or nobody would see this process die (chapter 6).
+    for number in (signal.SIGINT, signal.SIGTERM):
+        _handled[number] = signal.signal(number, lambda *_: None)
+    _connected.add(sock.fileno())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
-    # A child that computes reads no socket, so a thread waits for the parent's end.
+    # A process that computes reads no socket, so a thread waits for the parent to die.
     from multiprocessing import connection, parent_process
-    parent = parent_process().sentinel
-    threading.Thread(target=lambda: (connection.wait([parent]), os._exit(1)),
+    sentinel = parent_process().sentinel
+    threading.Thread(target=lambda: (connection.wait([sentinel]), os._exit(1)),
                      daemon=True).start()
-    # A child that a task forks must not hold our end: nobody would see us die.
-    def on_fork():
-        with suppress(OSError):     # (this was a fork of a fork)
-            os.close(sock.detach())
-
-    os.register_at_fork(after_in_child=on_fork)
-    # (read as a file: sock.makefile would take a detour through Python each time; and a
-    # file does not heed `socket.setdefaulttimeout`, which the program may have called)
+    # The socket is read as a plain file, which does in C what `sock.makefile` does in
+    # Python. What the program said by `socket.setdefaulttimeout` is not for this one.
     sock.setblocking(True)
     stream = open(sock.fileno(), "rb", closefd=False)
     while head := stream.read(_HEAD.size):
@@ -1436,15 +1794,15 @@ def _process_main(sock: socket.socket) -> None:
             reply = pickle.dumps((True, func(*args)))
         except BaseException as exc:
             reply = _pickled_exception(exc)
-        sock.sendall(_HEAD.pack(len(reply)) + reply)
-        func = args = reply = None
+        sock.sendall(_framed(reply))
+        func = args = reply = None      # hold on to nothing while waiting
 
 
 def _pickled_exception(exc: BaseException) -> bytes:
     text = "".join(traceback.format_exception(exc))
     try:
         reply = pickle.dumps((False, (exc, text)))
-        pickle.loads(reply)     # some go in and do not come out again
+        pickle.loads(reply)     # some can be pickled and not unpickled
         return reply
     except Exception:
         try:
@@ -1454,111 +1812,148 @@ def _pickled_exception(exc: BaseException) -> bytes:
         return pickle.dumps((False, (WorkerError(name), text)))
 
 
-class ProcessPool:
-    """The worker processes of a kernel, started by `spawn`."""
+class _Worker:
+    """A worker process, as its parent sees it."""
 
-    def __init__(self, kernel: Kernel, size: int) -> None:
-        self.slots = Semaphore(size)
-        self._idle: list[tuple] = []
-        self._all: set = set()
-        kernel.process_pool = self
-        kernel._call_at_shutdown(self.shutdown)
-        # Python joins its children before it exits; ours do not go unless told to.
-        atexit.register(self.shutdown)
-
-    def _start(self) -> tuple:
-        import multiprocessing      # (here, since it takes long to import)
+    def __init__(self) -> None:
+        import multiprocessing      # here, because the import takes long
         from multiprocessing import resource_tracker
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        process = multiprocessing.get_context("spawn").Process(
+        self.sock, theirs = socket.socketpair()
+        self.sock.setblocking(False)
+        # multiprocessing hands the number of the socket on to the new process.
+        self.process = multiprocessing.get_context("spawn").Process(
             target=_process_main, args=(theirs,), daemon=True)
-        # The child is born with the signals blocked that mean nothing to it later on.
+        # SIGINT and SIGTERM are blocked until the child has its handlers, or a Ctrl-C
+        # in between would end it. Along with the first child multiprocessing starts a
+        # helper of its own, which must not be born with blocked signals.
         resource_tracker.ensure_running()
         mask = signal.pthread_sigmask(
             signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
         try:
-            process.start()
+            self.process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             theirs.close()
-        # (asking for the exit code takes a dead child off the system's list)
-        self._all = {process, *(old for old in self._all if old.exitcode is None)}
-        return process, ours
 
-    async def call(self, func: Callable, args: tuple) -> Any:
-        """See `run_in_process`; for those who hold one of the `slots`."""
-        call = pickle.dumps((func, args))
-        call = _HEAD.pack(len(call)) + call
-        while True:
-            was_idle = bool(self._idle)
-            process, sock = self._idle.pop() if was_idle else self._start()
-            try:
-                await _send(sock, call)
-                was_idle = False        # it has begun now
-                ok, answer = pickle.loads(await _receive(sock))
-                break
-            except BaseException as exc:
-                # Cancelled, dead or speaking nonsense: whatever it is, it is over. (A
-                # child that a task forked may hold a copy of our socket, so it has to
-                # be released.)
-                await _io_release(sock)
-                sock.close()
+    async def exchange(self, call: bytes) -> tuple[bool, Any]:
+        """Send a call; return (True, its result) or (False, (error, its traceback)).
+
+        Raises WorkerLost if the process dies. Whatever is raised, a cancellation, say,
+        the process is killed.
+        """
+        try:
+            view = memoryview(_framed(call))
+            while view:
                 try:
-                    if isinstance(exc, BrokenPipeError) and was_idle:
-                        continue        # it died before; the next one, then
-                    if isinstance(exc, OSError):
-                        exc = await self._obituary(process)
-                finally:
-                    process.kill()
-                raise exc from None
-        self._idle.append((process, sock))
+                    view = view[self.sock.send(view):]
+                except BlockingIOError:
+                    await write_wait(self.sock)
+            return pickle.loads(await self._receive())
+        except BaseException as exc:
+            if isinstance(exc, ConnectionError):
+                exc = await self._obituary()
+            await self.close()
+            raise exc from None
+
+    async def _receive(self) -> memoryview:
+        data, size = bytearray(), _HEAD.size
+        while len(data) < size:
+            await read_wait(self.sock)
+            chunk = self.sock.recv(1 << 16)
+            if not chunk:
+                raise ConnectionResetError("end of file")
+            data += chunk
+            if len(data) >= _HEAD.size:         # now the head says how much will come
+                size = _HEAD.size + _HEAD.unpack_from(data)[0]
+        return memoryview(data)[_HEAD.size:]
+
+    async def _obituary(self) -> WorkerLost:
+        # The socket closes a little before the process is gone, and the exit code is
+        # there only after that. A process that closed its socket may even live on.
+        await ignore_after(1.0, read_wait(self.process.sentinel))
+        await io_release(self.process.sentinel)
+        self.process.kill()
+        self.process.join()
+        code = self.process.exitcode
+        if code >= 0:
+            return WorkerLost(f"worker process left with exit code {code}")
+        names = {known.value: known.name for known in signal.Signals}
+        name = names.get(-code, f"signal {-code}")      # a few have no name
+        return WorkerLost(f"worker process died of {name}")
+
+    async def close(self) -> None:
+        """Kill the process, whatever it does."""
+        self.process.kill()
+        await io_release(self.sock)
+        self.sock.close()
+
+
+class ProcessPool:
+    """The worker processes of a kernel, started with the `spawn` method.
+
+    Each new process runs `initializer(*initargs)` before its first call.
+    """
+
+    def __init__(self, kernel: Kernel, size: int, initializer: Callable = int,
+                 initargs: tuple = ()) -> None:
+        self.slots = Semaphore(size)
+        self._first = pickle.dumps((initializer, initargs))
+        self._idle: list[_Worker] = []
+        self._processes: set = set()
+        kernel.process_pool = self
+        kernel._call_at_shutdown(self.shutdown)
+        # Python joins its children before it exits. Ours end only when they are killed.
+        atexit.register(self.shutdown)
+
+    async def call(self, func: Callable, args: tuple, limit: float | None = None) -> Any:
+        """Run `func(*args)` in a process; for those who hold one of the `slots`.
+
+        Raises TimeoutError, and kills the process, if that takes more than `limit`
+        seconds from the moment in which the process is there to begin.
+        """
+        call = pickle.dumps((func, args))
+        worker = await self._take()
+        async with ignore_after(limit) as timer:
+            ok, answer = await worker.exchange(call)
+        if timer.expired:
+            raise TimeoutError(f"{limit:g} s")
+        self._idle.append(worker)
         if ok:
             return answer
-        exc, text = answer
-        raise exc from RemoteTraceback(text)
+        error, text = answer
+        raise error from RemoteTraceback(text)
 
-    async def _obituary(self, process) -> WorkerLost:
-        # The socket closes a little before the process is gone, and the exit code is
-        # there only after that; unless it closed the socket and lives on.
-        await ignore_after(1.0, _read_wait(process.sentinel))
-        await _io_release(process.sentinel)
-        process.kill()
-        process.join()
-        code = process.exitcode
-        names = {-known: known.name for known in signal.Signals}
-        return WorkerLost(f"worker process died of {names.get(code, f'signal {-code}')}"
-                          if code < 0 else f"worker process left with exit code {code}")
+    async def _take(self) -> _Worker:
+        while self._idle:
+            worker = self._idle.pop()
+            if worker.process.exitcode is None:
+                return worker
+            await worker.close()        # it died while it was idle: nobody's loss
+        for pause in 0.5, 2.0, None:
+            try:
+                worker = _Worker()
+                # Asking for the exit code takes a dead child off the system's list.
+                alive = {p for p in self._processes if p.exitcode is None}
+                self._processes = alive | {worker.process}
+                ok, answer = await worker.exchange(self._first)
+                if ok:
+                    return worker
+                await worker.close()
+                error = answer[0]
+            except (OSError, WorkerLost) as exc:
+                error = exc
+            if pause is not None:
+                await sleep(pause)
+        raise WorkerStartError("no worker process can be started: "
+                               f"{type(error).__name__}: {error}") from error
 
     def shutdown(self) -> None:
         """Kill all and wait for their end."""
         atexit.unregister(self.shutdown)
-        for process in self._all:
+        for process in self._processes:
             process.kill()
-        for process in self._all:
+        for process in self._processes:
             process.join()
-        for _, sock in self._idle:
-            sock.close()
-        self._all, self._idle = set(), []
-
-
-async def _send(sock: socket.socket, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        try:
-            view = view[sock.send(view):]
-        except BlockingIOError:
-            await _write_wait(sock)
-
-
-async def _receive(sock: socket.socket) -> memoryview:
-    data, size = bytearray(), _HEAD.size
-    while len(data) < size:
-        await _read_wait(sock)
-        chunk = sock.recv(1 << 16)
-        if not chunk:
-            raise ConnectionResetError("end of file")
-        data += chunk
-        if size == _HEAD.size <= len(data):
-            size += _HEAD.unpack_from(data)[0]
-    return memoryview(data)[_HEAD.size:]
+        for worker in self._idle:
+            worker.sock.close()
+        self._processes, self._idle = set(), []
