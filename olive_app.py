@@ -45,6 +45,7 @@ import sys
 import time
 import traceback
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
@@ -204,7 +205,7 @@ class OliveOly:
         self._expected: dict[tuple, Job] = {}   # by key; see "Work in hand"
         self._news = SchedBarrier()             # the jobs that wait for their message
         self._settled = Event()                 # something was, since the last loss
-        self._consumers: list[tuple[sweepea.Channel, str]] = []     # with their tags
+        self._consumers: list[str] = []         # their tags, on the link's channel
         self._trace = Trace(self.config.trace)
         for module in self.config.tasks:
             try:
@@ -237,6 +238,8 @@ class OliveOly:
                 job.begun = True
                 log.debug("%s: %s", job.name, outcome.reason)
                 if outcome.reason == "done":
+                    if outcome.error:
+                        log.warning("%s: %s", job.name, _shown(outcome.error.text))
                     await self._settle(job, outcome.reply)
                 else:
                     await self._fail(job, request, outcome)
@@ -390,7 +393,7 @@ class OliveOly:
         if not self._stop.is_set():
             await channel.call("basic_qos", prefetch_count=prefetch)
             frame = await channel.call("basic_consume", self.config.queue, on_message)
-            self._consumers.append((channel, frame.method.consumer_tag))
+            self._consumers.append(frame.method.consumer_tag)
 
     # -- what can go wrong: the message itself -----------------------------------------
     #
@@ -516,8 +519,8 @@ class OliveOly:
         # A thread that hangs cannot be killed, only replaced, and each one holds what
         # it has. A supervisor can do what we cannot: start the program afresh.
         if len(self._threads.abandoned) >= self._threads.size:
-            log.error("every thread hangs in a job that does not end: stopping, to be "
-                      "started afresh")
+            log.error("every thread hangs in a task that does not end: stopping, to "
+                      "be started afresh")
             self.stop(1)
 
     # -- what can go wrong: a message that kills us ------------------------------------
@@ -617,13 +620,11 @@ class OliveOly:
     async def _widen(self, channel: sweepea.Channel) -> None:
         await self._link.up.wait()
         await ignore_after(sweepea.MAX_BACKOFF, self._settled.wait())
-        try:
-            narrow, tag = self._consumers[-1]
-            if narrow is channel and channel.closed is None:
+        if channel.closed is None:
+            narrow = self._consumers.pop()
+            with suppress(AMQPError):       # if it is lost again, the link says so
                 await self._consume(channel, self.config.prefetch)
-                await channel.call("basic_cancel", tag)
-        except AMQPError:
-            pass        # the connection is lost again, and the link says so
+                await channel.call("basic_cancel", narrow)
 
     # -- stopping ----------------------------------------------------------------------
 
@@ -644,11 +645,10 @@ class OliveOly:
     async def _finish(self) -> None:
         """Take no more; give back what has not begun; wait for what has."""
         await self._give_up(list(self._expected.values()))
-        for channel, tag in self._consumers:
-            try:
-                await channel.call("basic_cancel", tag)
-            except AMQPError:
-                pass        # the channel is gone, and the consumer with it
+        if channel := self._link.channel:
+            with suppress(AMQPError):   # or it is lost just now, and they with it
+                for consumer in self._consumers:
+                    await channel.call("basic_cancel", consumer)
         jobs = list(self._in_hand)
         for job in jobs:
             channel = job.channel
@@ -809,11 +809,12 @@ def _success(ident: str, result: Any) -> Outcome:
         if len(reply) > MAX_RESULT:
             raise ValueError(f"it is larger than {MAX_RESULT} bytes of JSON")
         return Outcome("done", reply)
-    except (TypeError, ValueError, RecursionError) as exc:
+    except Exception as exc:
         # The work is done all the same: a second try would do it twice.
-        exc = type(exc)(f"the task is done, but its result cannot be sent: {exc}")
-        outcome = _failure("done", exc)
-        return outcome._replace(reply=_error_answer(ident, "FAILURE", outcome.error))
+        error = _failure("done", exc.with_traceback(None)).error
+        error = error._replace(text="the task is done, but its result cannot be sent: "
+                                    + error.text)
+        return Outcome("done", _error_answer(ident, "FAILURE", error), error)
 
 
 async def _perform(name: str, ident: str, body: bytes, on_kernel: bool) -> Outcome:
@@ -1048,7 +1049,8 @@ def _name(default: str, meaning: str, most: int = 255) -> Any:
 
 def _count(default: int | None, meaning: str, most: int) -> Any:
     return _setting(default, meaning, f"a whole number from 1 to {most}",
-                    lambda n: type(n) is int and 1 <= n <= most, int)
+                    lambda n: n is default is None or type(n) is int and 1 <= n <= most,
+                    int)
 
 
 def _is_span(seconds: Any) -> bool:
@@ -1126,8 +1128,6 @@ class OliveAppConfig:
         return self.queue_arguments.get("x-queue-type") == "quorum"
 
     def __post_init__(self) -> None:
-        if self.prefetch is None:       # in this way, since the class is frozen
-            object.__setattr__(self, "prefetch", 2 * (self.threads + self.processes))
         for setting in fields(self):
             value, must = getattr(self, setting.name), setting.metadata["must"]
             try:
@@ -1139,6 +1139,8 @@ class OliveAppConfig:
                 raise ValueError(f"OLIVE_{setting.name.upper()}: must be {must}{shown}")
         if self.dead_queue == self.queue:
             raise ValueError("OLIVE_DEAD_QUEUE: must not be OLIVE_QUEUE")
+        if self.prefetch is None:       # in this way, since the class is frozen
+            object.__setattr__(self, "prefetch", 2 * (self.threads + self.processes))
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> OliveAppConfig:

@@ -1,6 +1,6 @@
 """The sender, for a command and for programs; and a private RabbitMQ to try it with.
 
-    python olive_utils.py add 2 3       sends a job to the app and prints its result
+    python olive_utils.py add 2 3       sends the job `add`, waits, prints its result
 
 `send_task` and `call_task` do the same for a program; they are shaped like Celery's.
 Each of their calls opens a connection of its own, which takes some milliseconds. A
@@ -15,13 +15,11 @@ The file has three parts:
 Copyright (c) 2026 the Sweepea authors. SPDX-License-Identifier: MIT
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import logging
 import os
-import secrets
+import random
 import signal
 import socket
 import subprocess
@@ -29,20 +27,16 @@ import sys
 import tempfile
 import time
 import uuid
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import aclosing, closing, contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Iterator
 
 import pika
-from pika.exceptions import AMQPError, UnroutableError
 
-import olive_app
 import sweepea
-from olive_app import OliveAppConfig, fail
-from sweepea import describe, ignore_after
+from olive_app import OliveAppConfig, OliveOly, fail, republished
 
 
 # =====================================================================================
@@ -69,120 +63,106 @@ REPLY_TO = "amq.rabbitmq.reply-to"
 
 
 class TaskFailed(Exception):
-    """A job failed in the app: `exc_type`, `text` and the remote `traceback` say how."""
+    """A job failed; `exc_type`, `text` and the remote `traceback` say how."""
 
     def __init__(self, reply: dict) -> None:
         error = reply["result"]
-        self.exc_type = error["exc_type"]
+        self.exc_type, self.traceback = error["exc_type"], reply["traceback"] or ""
         self.text = " ".join(map(str, error["exc_message"]))
-        self.traceback = reply["traceback"] or ""
         super().__init__(f"{self.exc_type}: {self.text}")
 
 
 class Sender:
     """A connection that sends messages. Made by `await Sender.open(config)`.
 
-    What the app answers comes into the Queue `replies`, as pairs (id, reply). They come
-    in the order in which the jobs are done, whatever the order of the messages was.
+    What the app answers comes into the Queue `replies`, as pairs (id, reply), in the
+    order in which the jobs are ran.
     """
 
     @classmethod
-    async def open(cls, config: OliveAppConfig) -> Sender:
+    async def open(cls, config: OliveAppConfig) -> "Sender":
         """Connect to the first of `config.urls` that answers.
 
         Raises pika's AMQPError if no broker can be reached.
         """
         self = cls()
-        self.config = config
+        self.config, self.replies = config, sweepea.Queue()
+        self.kernel = await sweepea._get_kernel()
         self.connection = await sweepea.Connection.open(config.urls)
         self.channel = await self.connection.channel(confirm=True)
-        self.replies = sweepea.Queue()
-        await _consume(self.channel, REPLY_TO, self._on_reply, auto_ack=True)
+        await self.channel.call("basic_consume", REPLY_TO, self._reply, auto_ack=True)
         return self
 
-    async def _on_reply(self, _method, properties, body: bytes) -> None:
-        await self.replies.put((properties.correlation_id, json.loads(body)))
+    def _reply(self, _channel, _method, properties, body: bytes) -> None:
+        # pika calls this, and a callback cannot await: it spawns a task that can.
+        reply = properties.correlation_id, json.loads(body)
+        self.kernel._spawn(self.replies.put(reply))
 
     async def send(self, name, args=(), kwargs=None, *, countdown=None, eta=None,
                    expires=None, time_limit=None, priority=None, ident=None,
-                   reply=True) -> str:
+                   reply_to=REPLY_TO) -> str:
         """Send a message and return its id; parameters and errors as in `send_task`.
 
-        ident: the id to give to it (default: a new one). reply: whether the app shall
-        answer; then the answer comes into `replies`.
+        ident: the id to give to it (default: a new one). reply_to: the queue to which
+        the app shall reply (default: the reply comes into `replies`; None: no reply).
         """
         ident = ident or str(uuid.uuid4())
         # AMQP has floating-point numbers, but pika cuts off what is behind the point.
-        limit = None if time_limit is None else Decimal(str(time_limit))
-        headers = {
-            "lang": "py", "task": name, "id": ident, "root_id": ident, "retries": 0,
-            "parent_id": None, "group": None, "timelimit": [limit, None],
-            "eta": _moment(eta if countdown is None else countdown),
-            "expires": _moment(expires)}
+        limit = time_limit and Decimal(str(time_limit))
         canvas = dict.fromkeys(("callbacks", "errbacks", "chain", "chord"))
         body = json.dumps([list(args), dict(kwargs or {}), canvas], allow_nan=False)
-        properties = pika.BasicProperties(
+        await self.publish(body.encode(), pika.BasicProperties(
             content_type="application/json", content_encoding="utf-8", delivery_mode=2,
-            correlation_id=ident, headers=headers, priority=priority,
-            reply_to=REPLY_TO if reply else None)
-        await self.channel.basic_publish(
-            self.config.exchange, self.config.routing_key, body.encode(), properties)
+            correlation_id=ident, reply_to=reply_to, priority=priority, headers={
+                "lang": "py", "task": name, "id": ident, "root_id": ident, "retries": 0,
+                "parent_id": None, "group": None, "timelimit": [limit, None],
+                "eta": _moment(countdown or eta), "expires": _moment(expires)}))
         return ident
 
-    async def call(self, timeout: float | None, *args: Any, **options: Any) -> Any:
+    async def publish(self, body: bytes, properties: pika.BasicProperties) -> None:
+        """Publish a message that is ready; return once the broker has confirmed it."""
+        await self.channel.basic_publish(
+            self.config.exchange, self.config.routing_key, body, properties)
+
+    async def call(self, timeout: float | None, *args, **options):
         """Send a message, wait for the result of its job and return that.
 
-        Parameters and errors as in `call_task`. One call at a time: two of them would
-        take each other's replies.
+        Parameters and errors as in `call_task`. One call at a time: two would take each
+        other's replies. A Sender whose call has timed out is to be closed for the same
+        reason, for the reply may still come.
         """
-        async with ignore_after(timeout):
-            ident = await self.send(*args, **options)
-            while True:
-                answered, reply = await self.replies.get()
-                # A late reply to a call that was given up is not the one to wait for.
-                if answered == ident:
-                    return _result(reply)
+        async with sweepea.ignore_after(timeout):
+            await self.send(*args, **options)
+            _ident, reply = await self.replies.get()
+            if reply["status"] != "SUCCESS":
+                raise TaskFailed(reply)
+            return reply["result"]
         raise TimeoutError(f"no answer within {timeout:g} s")
 
-
-def _result(reply: dict) -> Any:
-    if reply["status"] != "SUCCESS":
-        raise TaskFailed(reply)
-    return reply["result"]
+    async def aclose(self) -> None:
+        """Close the connection."""
+        await self.connection.close()
 
 
 def _moment(when: datetime | float | None) -> str | None:
-    """A point in time as Celery writes it; a number counts the seconds from now."""
+    """A deadline as Celery writes it; a number counts the seconds from now."""
     if isinstance(when, (int, float)):
         when = datetime.now(timezone.utc) + timedelta(seconds=when)
     return None if when is None else when.isoformat()
 
 
-async def _consume(channel, queue: str, receive, auto_ack: bool = False) -> None:
-    """Consume a queue: for each delivery, `receive(method, properties, body)` runs."""
-    kernel = await sweepea._get_kernel()
-
-    def on_delivery(_channel, *delivery) -> None:
-        # pika calls this, and a callback cannot await: it spawns a task that can.
-        kernel._spawn(receive(*delivery))
-
-    await channel.call("basic_consume", queue, on_delivery, auto_ack=auto_ack)
-
-
-async def _next(queue: sweepea.Queue, timeout: float, otherwise: str) -> Any:
-    """Take the next item of a queue. Raises TimeoutError(otherwise) if none comes."""
-    async with ignore_after(timeout):
+async def _next(queue: sweepea.Queue, timeout: float, what: str):
+    """Take the next item of a queue; if none comes in time, say so and leave with 3."""
+    async with sweepea.ignore_after(timeout):
         return await queue.get()
-    raise TimeoutError(otherwise)
+    print(f"no {what} within {timeout:g} s", file=sys.stderr)
+    raise SystemExit(3)
 
 
-async def _with_sender(config: OliveAppConfig, work, *args) -> Any:
+async def _with_sender(config: OliveAppConfig, work, *args):
     """Run `work(sender, *args)` on a connection of its own; return its result."""
-    sender = await Sender.open(config)
-    try:
+    async with aclosing(await Sender.open(config)) as sender:
         return await work(sender, *args)
-    finally:
-        await sender.connection.close()
 
 
 def send_task(name, args=(), kwargs=None, *, countdown=None, eta=None, expires=None,
@@ -199,94 +179,85 @@ def send_task(name, args=(), kwargs=None, *, countdown=None, eta=None, expires=N
     AMQPError if the broker cannot be reached or does not take the message; of these,
     UnroutableError says that no queue is bound.
     """
-    return sweepea.run(_with_sender, OliveAppConfig.from_env(), lambda sender: sender.send(
-        name, args, kwargs, countdown=countdown, eta=eta, expires=expires,
-        time_limit=time_limit, priority=priority, reply=False))
+    return sweepea.run(_with_sender, OliveAppConfig.from_env(), lambda sender:
+        sender.send(name, args, kwargs, countdown=countdown, eta=eta, expires=expires,
+                    time_limit=time_limit, priority=priority, reply_to=None))
 
 
-def call_task(name, args=(), kwargs=None, *, timeout=30, **options) -> Any:
+def call_task(name, args=(), kwargs=None, *, timeout: float | None = 30, **options):
     """Send a message, wait for the result of its job and return that.
 
     timeout: how many seconds to wait; None is for ever. The other parameters are those
     of `send_task`. Raises what `send_task` raises, TaskFailed if the job failed, and
     TimeoutError if no answer came in time.
     """
-    return sweepea.run(_with_sender, OliveAppConfig.from_env(), lambda sender: sender.call(
-        timeout, name, args, kwargs, **options))
+    return sweepea.run(_with_sender, OliveAppConfig.from_env(), lambda sender:
+        sender.call(timeout, name, args, kwargs, **options))
 
 
 # -- many messages ---------------------------------------------------------------------
+#
+# Three kinds of tasks work together, and what is said between them is this:
+#
+#     _send_all --spawns--> _send_one, _send_one, ...       the messages go out
+#                              |  sent_at: {id: clock}
+#                              v
+#     _send_many <-- replies: (id, reply or error) --       what became of them
 
-class _Batch:
-    """The messages of one command, and what has come back so far.
+async def _send_all(sender: Sender, options, sent_at: dict[str, float]) -> None:
+    # This is the pattern of a limit. A permit is acquired here, by the task that makes
+    # the others, and released there, by each of these when it is ran. So never more
+    # than 500 messages wait for their confirms, whatever --count is, and the next one
+    # goes out as soon as any of them is ran.
+    limit = sweepea.Semaphore(500)
+    for _ in range(options.count):
+        await limit.acquire()
+        await sweepea.spawn(_send_one, sender, options, sent_at, limit, daemon=True)
 
-    Each of them goes this way, and --timeout bounds how long none of them moves on:
 
-        sent_at: {id: clock}   --- it is answered --->   latencies: [seconds]
-    """
-
-    def __init__(self, sender: Sender, options: argparse.Namespace) -> None:
-        self.sender, self.options = sender, options
-        self.limit = sweepea.Semaphore(500)
-        self.sent_at: dict[str, float] = {}
-        self.latencies: list[float] = []
-        self.failed = 0
-
-    async def send_all(self) -> None:
-        # This is the pattern of a limit. A permit is acquired here, by the task that
-        # makes the others, and released there, by each of these when it is done. So
-        # never more than 500 of them wait for a confirm, whatever --count is, and the
-        # next one starts as soon as any of them is done.
-        for _ in range(self.options.count):
-            await self.limit.acquire()
-            await sweepea.spawn(self.send_one, daemon=True)
-
-    async def send_one(self) -> None:
-        options, ident = self.options, str(uuid.uuid4())
-        self.sent_at[ident] = time.monotonic()
-        # What is not to be answered by the app counts as answered by the confirm.
-        reply = {"status": "SUCCESS", "result": ident} if options.no_wait else None
-        try:
-            await self.sender.send(
-                options.task, options.args, options.kwargs, countdown=options.countdown,
-                expires=options.expires, time_limit=options.time_limit,
-                priority=options.priority, ident=ident, reply=not options.no_wait)
-        except AMQPError as exc:
-            # Nobody awaits this task, so an error goes the way that the replies go.
-            reply = exc
-        if reply:
-            await self.sender.replies.put((ident, reply))
-        await self.limit.release()
-
-    def note(self, ident: str, reply: dict | AMQPError) -> None:
-        """Count a reply and print it. Raises the error with which a send failed."""
-        if isinstance(reply, AMQPError):
-            raise reply
-        if ident not in self.sent_at:
-            return      # At-least-once: a job may run twice, and then it answers twice.
-        self.latencies.append(time.monotonic() - self.sent_at.pop(ident))
-        try:
-            result = _result(reply)
-            print(result if self.options.no_wait else json.dumps(result))
-        except TaskFailed as exc:
-            self.failed += 1
-            print(exc.traceback.strip() or exc, file=sys.stderr)
+async def _send_one(sender: Sender, options, sent_at: dict, limit) -> None:
+    ident = str(uuid.uuid4())
+    sent_at[ident] = time.monotonic()
+    # Where no reply is wanted, the confirm stands in for one.
+    reply = {"status": "SUCCESS"} if options.no_wait else None
+    try:
+        await sender.send(
+            options.task, options.args, options.kwargs, countdown=options.countdown,
+            expires=options.expires, time_limit=options.time_limit, ident=ident,
+            priority=options.priority, reply_to=None if options.no_wait else REPLY_TO)
+    except pika.exceptions.AMQPError as exc:
+        # Nobody awaits this task, so an error goes the way that the replies go.
+        reply = exc
+    await sender.replies.put((ident, reply))
+    await limit.release()
 
 
 async def _send_many(sender: Sender, options: argparse.Namespace) -> int:
     """Send the messages, print what comes back as it comes; return the exit status."""
-    began, count, batch = time.monotonic(), options.count, _Batch(sender, options)
-    await sweepea.spawn(batch.send_all, daemon=True)
-    while len(batch.latencies) < count:
-        batch.note(*await _next(sender.replies, options.timeout,
-                                f"no answer within {options.timeout:g} s"))
-    if count > 1:
-        seconds = time.monotonic() - began
-        ordered = [1000 * latency for latency in sorted(batch.latencies)]
-        print(f"{count - batch.failed} ok, {batch.failed} failed in {seconds:.2f} s: "
-              f"{count / seconds:.0f} tasks/s, latency p50 {ordered[count // 2]:.1f} ms, "
-              f"p99 {ordered[count * 99 // 100]:.1f} ms", file=sys.stderr)
-    return 1 if batch.failed else 0
+    began, sent_at, latencies, failed = time.monotonic(), {}, [], 0
+    await sweepea.spawn(_send_all, sender, options, sent_at, daemon=True)
+    while len(latencies) < options.count:
+        ident, reply = await _next(sender.replies, options.timeout, "answer")
+        if isinstance(reply, pika.exceptions.AMQPError):
+            raise reply
+        # At-least-once means that a job may run twice, and then it answers twice.
+        if reply is None or ident not in sent_at:
+            continue
+        latencies.append(1000 * (time.monotonic() - sent_at.pop(ident)))
+        if reply["status"] == "SUCCESS":
+            # Whoever reads the results through a pipe gets each of them at once.
+            print(ident if options.no_wait else json.dumps(reply["result"]), flush=True)
+        else:
+            failed += 1
+            error = TaskFailed(reply)
+            print(error.traceback.strip() or error, file=sys.stderr)
+    if options.count > 1:
+        count, seconds = options.count, time.monotonic() - began
+        latencies.sort()
+        print(f"{count - failed} ok, {failed} failed in {seconds:.2f} s: "
+              f"{count / seconds:.0f} tasks/s, latency p50 {latencies[count // 2]:.1f} "
+              f"ms, p99 {latencies[count * 99 // 100]:.1f} ms", file=sys.stderr)
+    return 1 if failed else 0
 
 
 # -- the dead queue --------------------------------------------------------------------
@@ -295,50 +266,47 @@ async def _dead_letters(sender: Sender, options: argparse.Namespace) -> int:
     """List the dead queue, or send back to work what lies in it now."""
     queue, channel = sender.config.dead_queue, await sender.connection.channel()
     declared = await channel.call("queue_declare", queue, passive=True)
-    count = declared.method.message_count
-    # What is listed is not acknowledged, and the broker takes it back when the channel
+    count, letters = declared.method.message_count, sweepea.Queue()
+    # What is listed is not acknowledged: the broker takes it back when the channel
     # closes. So the window has to hold the whole queue. 65,535 is the most that one
-    # consumer can ask for, hence there are several of them for a longer queue. (To ask
-    # for no limit is no way out: a quorum queue then stops at 2,000.) What is replayed
-    # is acknowledged one by one, so that a replay that is cut short has sent no more
-    # than its small window twice.
-    window = 100 if options.replay else min(count, 65_535)
-    await channel.call("basic_qos", prefetch_count=window)
-    letters = sweepea.Queue()
+    # consumer can ask for, hence a longer queue has several of them. (To ask for no
+    # limit is no way out: a quorum queue then stops at 2,000.)
+    await channel.call("basic_qos", prefetch_count=min(count, 65_535))
     for _ in range(0, count, 65_535):
-        await _consume(channel, queue, lambda *delivery: letters.put(delivery))
-    for done in range(count):
-        method, properties, body = await _next(
-            letters, options.timeout, f"{done} of {count}: somebody took the others")
+        await channel.call("basic_consume", queue, lambda *delivery:
+                           sender.kernel._spawn(letters.put(delivery)))
+    for _ in range(count):
+        _, method, properties, body = await _next(letters, options.timeout, "message")
         headers = properties.headers or {}
         if options.replay:
             # It goes back as if it had never been tried.
             properties.headers = {name: headers[name] for name in headers
                                   if not str(name).startswith("x-olive-")}
-            await sender.channel.basic_publish(
-                sender.config.exchange, sender.config.routing_key, body,
-                olive_app.republished(properties, retries=0))
+            await sender.publish(body, republished(properties, retries=0))
             channel.basic_ack(method.delivery_tag)
         else:
-            shown = {"task": headers.get("task"), "id": headers.get("id"),
-                     "reason": headers.get("x-olive-reason"),
-                     "error": headers.get("x-olive-error"),
-                     "body": body[:1000].decode(errors="replace")}
-            print(json.dumps(shown, default=str))
+            shown = {name.removeprefix("x-olive-"): headers.get(name) for name in (
+                "task", "id", "x-olive-reason", "x-olive-error")}
+            shown["body"] = body[:1000].decode(errors="replace")
+            print(json.dumps(shown, default=str), flush=True)
     print(count, "sent back to work" if options.replay else "dead", file=sys.stderr)
-    return 0
 
 
 # -- the command -----------------------------------------------------------------------
 
-def _value(text: str) -> Any:
-    """Read a value: JSON if it is JSON, else the text as it stands."""
+def _argument(text: str) -> tuple:
+    """Read `value` or `name=value` as (name or None, value).
+
+    The value is JSON if it reads as JSON, else it is the text as it stands.
+    """
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        name, value = None, text
     with suppress(ValueError, RecursionError):
-        value = json.loads(text)
         # Python reads NaN and 1e999 as numbers, but JSON has no such numbers.
-        json.dumps(value, allow_nan=False)
-        return value
-    return text
+        json.dumps(json.loads(value), allow_nan=False)
+        value = json.loads(value)
+    return name, value
 
 
 def _seconds(text: str) -> float:
@@ -352,18 +320,17 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line; what makes no sense ends the program with status 2."""
     parser = argparse.ArgumentParser(prog="olive_utils.py", description=main.__doc__)
     option, seconds = parser.add_argument, {"type": _seconds, "metavar": "SECONDS"}
-    flag = {"action": "store_true"}
     option("task", nargs="?", metavar="TASK", help="its name (without one: add 2 3)")
-    option("args", nargs="*", metavar="ARG | name=value", help="JSON, or else a string")
+    option("args", nargs="*", type=_argument, metavar="[name=]ARG", help="JSON or text")
     option("--count", type=int, default=1, metavar="N", help="send it N times")
-    option("--no-wait", **flag, help="print the id and do not wait")
+    option("--no-wait", action="store_true", help="print the id and do not wait")
     option("--timeout", **seconds, default=30.0, help="wait so long for an answer (30)")
     option("--countdown", **seconds, help="let it run after so many seconds")
     option("--expires", **seconds, help="do not run it after so many seconds")
     option("--time-limit", **seconds, help="stop it after so many seconds")
     option("--priority", type=int, metavar="0-255", help="for a queue with priorities")
-    option("--dead", **flag, help="list the dead queue")
-    option("--replay", **flag, help="send what is dead back to work")
+    option("--dead", action="store_true", help="list the dead queue")
+    option("--replay", action="store_true", help="send what is dead back to work")
     option("--version", action="version", version=f"sweepea {sweepea.__version__}")
     options = parser.parse_intermixed_args(argv)
     if options.count < 1 or options.timeout <= 0:
@@ -375,14 +342,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     if [options.dead, options.replay, options.task is not None].count(True) > 1:
         parser.error("--dead and --replay stand alone")
     if options.task is None:
-        options.task, options.args = "add", ["2", "3"]
-    words, options.args, options.kwargs = options.args, [], {}
-    for word in words:
-        name, equals, value = word.partition("=")
-        if equals and name.isidentifier():
-            options.kwargs[name] = _value(value)
-        else:
-            options.args.append(_value(word))
+        options.task, options.args = "add", [(None, 2), (None, 3)]
+    options.kwargs = {name: value for name, value in options.args if name}
+    options.args = [value for name, value in options.args if not name]
     return options
 
 
@@ -394,32 +356,25 @@ def main(argv: list[str] | None = None) -> None:
     are those of the app: see python olive_app.py --help.
     """
     options, config = _parse(argv), OliveAppConfig.from_env()
-    logging.basicConfig(format="%(message)s", level="WARNING")
     # What pika reports comes as an exception, too, and is said once, below.
     logging.getLogger("pika").setLevel(logging.CRITICAL)
     work = _dead_letters if options.dead or options.replay else _send_many
     try:
-        status = sweepea.run(_with_sender, config, work, options)
-        sys.stdout.flush()
-        raise SystemExit(status)
-    except TimeoutError as exc:
-        print(exc, file=sys.stderr)
-        raise SystemExit(3) from None
-    except UnroutableError:
+        raise SystemExit(sweepea.run(_with_sender, config, work, options))
+    except pika.exceptions.UnroutableError:
         fail(f"no queue is bound to {config.exchange} with the key {config.routing_key}"
              ": does the app run?", 4)
     except sweepea.REFUSED as exc:
-        fail(f"the broker refuses us: {describe(exc)} (check OLIVE_URL)", 4)
-    except AMQPError as exc:
-        fail(f"no broker, or not as expected: {describe(exc)}. Start the app (python "
-             "olive_app.py --with-broker), or set OLIVE_URL", 4)
+        fail(f"the broker refuses us: {sweepea.describe(exc)} (check OLIVE_URL)", 4)
+    except pika.exceptions.AMQPError as exc:
+        fail(f"no broker, or not as expected: {sweepea.describe(exc)}. Start the app "
+             "(python olive_app.py --with-broker), or set OLIVE_URL", 4)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:
         # `| head` has read enough. At its end Python would try once more to write what
         # is left, and complain; so what is left goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
+        os._exit(1)
 
 
 # =====================================================================================
@@ -432,40 +387,35 @@ def demo(config: OliveAppConfig) -> None:
     config: the settings of the app. If no broker answers at its URL, a private one is
     started; then it raises BrokerError if that is not possible.
     """
-    calls = [("add", [2, 3], {}), ("sleep_n", [0.2], {}), ("fib", [20], {}),
-             ("do_nothing", [], {}), ("fail", ["on purpose"], {}),
-             ("add", [1, 1], {"countdown": 1.5})]
-
     async def show_all() -> None:
         # Before the app has declared its queue there is nothing that takes a message.
         await app._link.up.wait()
-        for name, args, options in calls:
-            await _with_sender(app.config, _show, name, args, options)
+        for job in [("add", [2, 3]), ("sleep_n", [0.2]), ("fib", [20]),
+                    ("do_nothing", []), ("fail", ["on purpose"]), ("add", [1, 1], 1.5)]:
+            await _with_sender(app.config, _show, *job)
         app.stop()
 
     logging.getLogger("pika").setLevel(logging.CRITICAL)
-    with ExitStack() as stack:
-        try:
-            sweepea.run(_with_sender, config, lambda sender: sweepea.sleep(0))
-        except AMQPError:
-            what = "no RabbitMQ takes us there: starting a private one ..."
-            broker = stack.enter_context(private_broker(say=what))
-            config = replace(config, url=broker.url)
-        # The task that fails on purpose would be a warning between the results.
-        app = olive_app.OliveOly(replace(config, log_level="CRITICAL"))
-        app.start(show_all)
+    try:
+        sweepea.run(_with_sender, config, lambda sender: sweepea.sleep(0))
+    except pika.exceptions.AMQPError:
+        what = "no RabbitMQ takes us there: starting a private one ..."
+        with private_broker(say=what) as broker:
+            return demo(replace(config, url=broker.url))
+    # The task that fails on purpose would be a warning between the results.
+    app = OliveOly(replace(config, log_level="CRITICAL"))
+    app.start(show_all)
 
 
-async def _show(sender: Sender, name: str, args: list, options: dict) -> None:
+async def _show(sender: Sender, name: str, args: list, countdown=None) -> None:
     """Call a task, print the call, what came back, and how long it took."""
     began = time.monotonic()
     try:
-        answer = await sender.call(30, name, args, **options)
+        answer = await sender.call(30, name, args, countdown=countdown)
     except (TaskFailed, TimeoutError) as exc:
         answer = f"failed: {exc}"
-    milliseconds = 1000 * (time.monotonic() - began)
-    shown = [repr(arg) for arg in args] + [f"{k}={v}" for k, v in options.items()]
-    print(f"{name}({', '.join(shown)}) -> {answer}  ({milliseconds:.0f} ms)")
+    shown = ", ".join(map(repr, args)) + (f", {countdown=}" if countdown else "")
+    print(f"{name}({shown}) -> {answer}  ({1000 * (time.monotonic() - began):.0f} ms)")
 
 
 # =====================================================================================
@@ -489,12 +439,8 @@ async def _show(sender: Sender, name: str, args: list, options: dict) -> None:
 # name and port there, and rabbitmqctl and the other nodes of a cluster find it so.
 # =====================================================================================
 
-# The folders where packages put RabbitMQ's scripts. They are looked at before PATH,
-# since what Debian has there is a wrapper that changes the user and the folder.
-_SBIN = "/usr/lib/rabbitmq/bin:/opt/homebrew/opt/rabbitmq/sbin:/usr/local/opt/rabbitmq/sbin"
-
-# A shell runs this text as  sh -c TEXT FOLDER PROGRAM ARGUMENTS, so that $0 is the
-# folder and "$@" the program with its arguments. The pipe is the standard input.
+# A shell runs this text as  sh -c TEXT FOLDER PROGRAM, so that $0 is the folder and $1
+# the program. The pipe is the standard input.
 _WATCHED = "\n".join([
     # RabbitMQ stalls when it runs out of descriptors, and often no more than 1,024
     # files may be open unless one asks for more. Where asking fails it stays as it is.
@@ -503,20 +449,19 @@ _WATCHED = "\n".join([
     # puts into the background; and the program itself gets an empty input.
     "exec 3<&0 </dev/null",
     # The watcher is a copy of this shell in the background. It is there before the
-    # program is, so that there is no moment in which nobody watches.
-    "(",
-    # Nobody ever writes into the pipe, so the shell waits here for the pipe's end.
-    "read -r _ <&3",
+    # program is, so that there is no moment in which nobody watches. Nobody ever writes
+    # into the pipe, so it waits here until the pipe ends.
+    "(read -r _ <&3",
     # $$ is the number of the first shell, not of this copy; the program below has it
     # then. It cannot have gone to a stranger: it is also the number of the process
     # group, and as long as the watcher is a member, the system does not use it again.
     "kill -9 $$",
-    'rm -rf "$0"',
-    # The watcher lets go of the output, so that nobody who reads it waits for its end.
-    ") >/dev/null 2>&1 &",
+    # The watcher is the last one who needs the folder. It lets go of the output, so
+    # that nobody who reads that waits for the watcher.
+    'rm -rf "$0") >/dev/null 2>&1 &',
     # The program takes the place of the first shell, and with it the number $$. So it
     # is a child of ours, to be signalled and waited for. It has no use for the pipe.
-    'exec "$@" 3<&-'])
+    'exec "$1" 3<&- >"$1.log" 2>&1'])
 
 
 class BrokerError(Exception):
@@ -528,12 +473,11 @@ def _is_free(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
-def _end(process: subprocess.Popen | None) -> None:
+def _end(process: subprocess.Popen) -> None:
     """Kill a program and its watcher, which are the members of one process group."""
     # On macOS it is a PermissionError if all members are dead already.
-    if process:
-        with process, suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
+    with process, suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 class PrivateBroker:
@@ -550,88 +494,68 @@ class PrivateBroker:
         # These ports are below those that the system gives to clients. Otherwise a
         # client that keeps trying to reach a killed broker could be given the broker's
         # own port, connect to itself, and so keep the port from the next start().
-        ports = secrets.SystemRandom().sample(range(20_000, 32_000), 1000)
-        free = filter(_is_free, ports)
+        free = filter(_is_free, random.Random().sample(range(20_000, 32_000), 1000))
         self.port = port or next(free)
         self.url = f"amqp://guest:guest@127.0.0.1:{self.port}/%2F"
         self.node = f"olive-{os.getpid()}-{self.port}@localhost"
-        self.folder, self.log = folder, folder / "rabbit.log"
+        self.folder, self.log = folder, folder / "rabbitmq-server.log"
         self.process: subprocess.Popen | None = None
-        (folder / "rabbitmq.conf").write_text(config + "\n")
-        # RabbitMQ would look for each of these files in /etc, so each is named here, and
-        # most do not exist. A log that goes to stdout has in it also what goes wrong
-        # before RabbitMQ can open a file. Port 0 is any that is free.
-        none = folder / "none"
-        settings = dict(
-            NODENAME=self.node, NODE_IP_ADDRESS="127.0.0.1", NODE_PORT=self.port,
-            DIST_PORT=next(free), CTL_DIST_PORT_MIN=0, CTL_DIST_PORT_MAX=0, LOGS="-",
-            LOG_BASE=folder, MNESIA_BASE=folder, CONFIG_FILE=folder / "rabbitmq.conf",
-            CONFIG_FILES=none, ADVANCED_CONFIG_FILE=none, CONF_ENV_FILE=none,
-            ENABLED_PLUGINS_FILE=none)
-        # Nothing is inherited, for it could be meant for another broker.
-        self._env = {f"RABBITMQ_{name}": str(settings[name]) for name in settings}
-        self._env |= {
-            "PATH": f"{_SBIN}:{os.environ['PATH']}:/opt/homebrew/bin:/usr/local/bin",
-            "LC_ALL": "C.UTF-8",
-            # The nodes of one cluster share a name server, and a home folder, since
-            # the cookie lies there: the password by which Erlang's nodes trust each
-            # other. Erlang makes one where there is none.
-            "HOME": peer._env["HOME"] if peer else str(folder),
-            "ERL_EPMD_PORT": peer._env["ERL_EPMD_PORT"] if peer else str(next(free)),
-            "ERL_EPMD_ADDRESS": "127.0.0.1",
-            # An epmd that a node started by itself would be a daemon, and outlive it.
-            "ERL_AFLAGS": "-start_epmd false "
-                          "-kernel inet_dist_use_interface {127,0,0,1}",
-            # Under systemd the script becomes the node, and there is no process between.
-            "RUNNING_UNDER_SYSTEMD": "1"}
-        # Where a peer has an epmd already, this one finds the port taken and leaves. Its
-        # watcher stays, and looks after the folder also while the node is down.
-        self._epmd = self._spawn("epmd", subprocess.DEVNULL)
+        (folder / "own.conf").write_text(f"listeners.tcp.1 = 127.0.0.1:{self.port}\n{config}\n")
+        # Nothing is inherited, since it could be meant for another broker. RabbitMQ
+        # would look for several files in /etc, so each is named; most do not exist. A
+        # log that goes to stdout (-) has in it also what goes wrong before RabbitMQ can
+        # open a file. Port 0 is any that is free. An epmd that a node started by itself
+        # would be a daemon, and outlive it. Under systemd the script becomes the node,
+        # and there is no process between. The nodes of a cluster share one epmd, and
+        # one home, for there lies the cookie, the password by which Erlang's nodes
+        # trust each other; Erlang makes one where there is none. The folders of
+        # RabbitMQ's packages come before PATH, as what Debian has there is a wrapper
+        # that changes the user and the folder.
+        self._env = dict(
+            PATH=f"/usr/lib/rabbitmq/bin:{os.environ['PATH']}", LC_ALL="C.UTF-8",
+            ERL_AFLAGS="-start_epmd false -kernel inet_dist_use_interface {127,0,0,1}",
+            ERL_EPMD_PORT=peer._env["ERL_EPMD_PORT"] if peer else str(next(free)),
+            ERL_EPMD_ADDRESS="127.0.0.1", HOME=peer._env["HOME"] if peer else folder,
+            RABBITMQ_NODENAME=self.node, RABBITMQ_DIST_PORT=str(next(free)),
+            RABBITMQ_LOGS="-", RABBITMQ_LOG_BASE=".", RABBITMQ_MNESIA_BASE=".",
+            RABBITMQ_CONFIG_FILE="own.conf", RABBITMQ_CONFIG_FILES="none",
+            RABBITMQ_ADVANCED_CONFIG_FILE="none", RABBITMQ_CONF_ENV_FILE="none",
+            RABBITMQ_ENABLED_PLUGINS_FILE="none", RUNNING_UNDER_SYSTEMD="1")
+        # Where a peer has an epmd already, this one finds its port taken and leaves.
+        # Its watcher stays, and looks after the folder also while the node is down.
+        self._epmd = self._spawn("epmd")
 
-    def _spawn(self, program: str, output: Any) -> subprocess.Popen:
+    def _spawn(self, program: str) -> subprocess.Popen:
         # In a session of its own, since Ctrl-C at the terminal is meant for us alone.
         return subprocess.Popen(
             ["sh", "-c", _WATCHED, self.folder, program], stdin=subprocess.PIPE,
-            stdout=output, stderr=output, env=self._env, cwd=self.folder,
-            start_new_session=True)
+            env=self._env, cwd=self.folder, start_new_session=True)
 
     def start(self) -> None:
         """Start the node, for the first time or again, and wait until it serves AMQP.
 
-        Raises BrokerError, with what its log says, if it does not within 60 s.
+        Raises BrokerError, with the end of its log, if it does not within 60 s.
         """
-        if self.process and self.process.poll() is None:
-            return
         self.kill()     # A node that died by itself has left its watcher.
-        with self.log.open("ab") as log:
-            begin = log.tell()
-            self.process = self._spawn("rabbitmq-server", log)
-        deadline = time.monotonic() + 60
-        address = ("127.0.0.1", self.port)
+        self.process, deadline = self._spawn("rabbitmq-server"), time.monotonic() + 60
         while self.process.poll() is None and time.monotonic() < deadline:
-            # The port is open before AMQP is spoken there, so a greeting is tried.
-            with suppress(OSError), socket.create_connection(address, 5) as probe:
-                probe.sendall(b"AMQP\x00\x00\x09\x01")
-                if probe.recv(1):
-                    return
+            if not _is_free(self.port):
+                return
             time.sleep(0.05)
-        self.kill()
-        lines = self.log.read_bytes()[begin:].decode(errors="replace").splitlines()
         # The first errors name the cause; the end is Erlang's report of the collapse.
-        told = [line for line in lines if "[error]" in line][:10] or lines[-10:]
-        raise BrokerError("\n".join(["RabbitMQ did not start; its log says:", *told]))
+        lines = self.log.read_text(errors="replace").splitlines()
+        why = [line for line in lines if "[error]" in line][:10] or lines[-10:]
+        raise BrokerError("\n".join(["RabbitMQ did not start; its log says:", *why]))
 
     def kill(self) -> None:
         """Kill the node by SIGKILL, like a power cut; its data stay for start()."""
-        _end(self.process)
+        if self.process:
+            _end(self.process)
         self.process = None
 
     def stop(self) -> None:
-        """Stop the node in good order (SIGTERM); kill it if that takes over 30 s."""
-        if self.process:
-            self.process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(30)
+        """Stop the node in good order. Raises BrokerError if it is not up."""
+        self.ctl("stop_app")
         self.kill()
 
     def ctl(self, *args: str) -> str:
@@ -639,18 +563,20 @@ class PrivateBroker:
 
         Raises BrokerError, with what it says, if it fails.
         """
-        done = subprocess.run(
-            ["rabbitmqctl", "-q", *args], env=self._env, cwd=self.folder, timeout=120,
-            capture_output=True, text=True, start_new_session=True)
-        if done.returncode:
-            why = (done.stderr + done.stdout).strip()[:500]
-            raise BrokerError(f"rabbitmqctl {' '.join(args)} failed: {why}")
-        return done.stdout
+        ran = subprocess.run(["rabbitmqctl", "-q", *args], cwd=self.folder, timeout=120,
+                             env=self._env, capture_output=True, text=True)
+        if ran.returncode:
+            raise BrokerError(f"rabbitmqctl {' '.join(args)}: {ran.stderr}{ran.stdout}")
+        return ran.stdout
+
+    def close(self) -> None:
+        """Kill the node, epmd and their watchers."""
+        self.kill()
+        _end(self._epmd)
 
 
 @contextmanager
-def private_broker(port: int | None = None, *, peer: PrivateBroker | None = None,
-                   config: str = "", say: str = "") -> Iterator[PrivateBroker]:
+def private_broker(port=None, *, peer=None, config="", say=""):
     """Run a private RabbitMQ node on loopback; nothing of it is left behind.
 
     port: where it serves AMQP (default: a free port). peer: a running private broker,
@@ -659,17 +585,12 @@ def private_broker(port: int | None = None, *, peer: PrivateBroker | None = None
     seconds. Raises BrokerError if RabbitMQ is not installed, the port is in use, or the
     node does not start.
     """
-    with tempfile.TemporaryDirectory(
-            prefix="olive-broker-", ignore_cleanup_errors=True) as folder:
-        broker = PrivateBroker(Path(folder), port, peer, config)
-        try:
+    with tempfile.TemporaryDirectory(prefix="olive-broker-") as folder:
+        with closing(PrivateBroker(Path(folder), port, peer, config)) as broker:
             if say:
                 print(say, file=sys.stderr)
             broker.start()
             yield broker
-        finally:
-            broker.kill()
-            _end(broker._epmd)
 
 
 if __name__ == "__main__":
