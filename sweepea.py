@@ -1144,6 +1144,10 @@ def signals(*numbers: int) -> Iterator[_Signals]:
         theirs.close()
 
 
+def _mask(how: int) -> None:
+    signal.pthread_sigmask(how, _handled)
+
+
 def _in_forked_child() -> None:
     _driven.clear()
     if _handled:
@@ -1154,9 +1158,13 @@ def _in_forked_child() -> None:
         nowhere = os.open(os.devnull, os.O_RDWR)
         for number in _connected:
             os.dup2(nowhere, number)
+    _mask(signal.SIG_UNBLOCK)
 
 
-os.register_at_fork(after_in_child=_in_forked_child)
+# A signal that comes before the child has its handlers back waits until it has.
+os.register_at_fork(before=lambda: _mask(signal.SIG_BLOCK),
+                    after_in_parent=lambda: _mask(signal.SIG_UNBLOCK),
+                    after_in_child=_in_forked_child)
 
 
 # =====================================================================================
