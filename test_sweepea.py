@@ -2446,6 +2446,33 @@ def test_a_setting_that_makes_no_sense_is_one_line(variable, value, capsys):
     assert "secret" not in err
 
 
+def test_readme_and_help_have_the_settings_as_they_are():
+    rows = {}
+    for line in (HERE / "README.md").read_text().splitlines():
+        if line.startswith("| `OLIVE_"):
+            names, default, _ = line.strip("|").split("|")
+            names = re.findall(r"`OLIVE_(\w+)`", names)
+            values = re.findall(r"`([^`]*)`", default) or default.split(",")
+            rows |= {name: value.strip() for name, value in zip(names, values)}
+    defaults = OliveAppConfig()
+    assert rows.keys() == {f.name.upper() for f in fields(defaults)}
+    for name, shown in rows.items():
+        default = getattr(defaults, name.lower())
+        if name == "PREFETCH":
+            assert shown == "2 × (threads + processes)"
+        elif name == "PROCESSES":
+            assert shown == "the number of cores"
+        elif default in (None, "", ()):
+            assert shown in ("", "none")
+        else:
+            shown = json.loads(shown) if name == "QUEUE_ARGUMENTS" else shown
+            assert shown == default or float(shown) == default
+    shown = subprocess.run([sys.executable, HERE / "olive_app.py", "--help"], text=True,
+                           capture_output=True, env=_clean_environ()).stdout
+    for f in fields(defaults):
+        assert f"  OLIVE_{f.name.upper()}\n      {f.metadata['meaning']}" in shown
+
+
 @pytest.mark.parametrize("script", ["olive_app.py", "olive_utils.py"])
 def test_both_scripts_refuse_a_bad_setting(script):
     app = App({"OLIVE_URL": "amqp://guest:secret@[/"}, script=script)
@@ -2549,7 +2576,7 @@ if __name__ == "__main__":
 # =====================================================================================
 
 LIVE_TASKS = '''
-import os, sys, time
+import asyncio, os, sys, time
 import sweepea
 from olive_app import task
 
@@ -2623,6 +2650,10 @@ async def stubborn(go):
             await sweepea.sleep(0.05)
         except sweepea.CancelledError:
             pass
+
+@task
+async def foreign():
+    await asyncio.sleep(0)
 
 @task
 async def blocks():
@@ -2931,6 +2962,13 @@ def test_a_coroutine_that_blocks_is_named_in_the_log(live):
     assert ident in line and "blocks" in line
 
 
+def test_a_coroutine_of_asyncios_fails_its_own_job_alone(live):
+    live.send("foreign", [])
+    result = live.reply()["result"]
+    assert "use sweepea.sleep" in result["exc_message"][0]
+    buried(live, "failed")
+
+
 def test_the_debug_log_has_a_line_for_each_task(live):
     ident = live.send("echo")
     live.reply()
@@ -3179,12 +3217,26 @@ def busy(client, tmp_path, name="in_thread", unstarted=2, **environ):
             (tmp_path / "go").touch()       # (lets go whatever still runs)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_stop_when_idle(client, signum):
     with running(client.config) as app:
         app.signal(signum)
         assert app.wait() == 0
         assert app.log.endswith("stopping: 0 in hand\n") and "add" in app.log
+
+
+def test_a_signal_that_was_ignored_at_the_start_stays_ignored(client):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)        # as nohup does
+    try:
+        app = App(client.config)
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    app.wait_for("connected to")
+    app.signal(signal.SIGHUP)
+    client.send("add")
+    assert client.reply()["result"] == 5
+    app.signal()
+    assert app.wait() == 0
 
 
 @pytest.mark.parametrize("name", ["in_thread", "in_process"])
@@ -3313,6 +3365,47 @@ add(1, 1, countdown=1.5) -> 2
 """
 
 
+def test_a_process_that_cannot_be_started_is_no_fault_of_the_message(client, tmp_path):
+    environ = tasks_module(tmp_path, """
+import multiprocessing
+if multiprocessing.parent_process():
+    raise ImportError("not in a child")
+@task(worker="process")
+def processed(): ...
+""")
+    with running({**client.config, **environ}) as app:
+        ident = client.send("processed", [])
+        assert app.wait(60) == 1
+        assert "no worker process can be started: ImportError: not in a child" in app.log
+    properties, _ = client.get(client.queue)
+    assert properties.headers["id"] == ident
+    assert client.count(client.replies) == client.count(client.dead_queue) == 0
+
+
+def test_kill_9_frees_the_messages_though_a_forked_child_lives(client, tmp_path):
+    environ = tasks_module(tmp_path, f"""
+import os, time
+@task
+def fork():
+    child = os.fork()
+    if not child:
+        time.sleep(60)
+    open("{tmp_path}/child", "w").write(str(child))
+    time.sleep(60)
+""")
+    with running({**client.config, **environ}) as app:
+        client.send("fork", [])
+        wait_until(lambda: (tmp_path / "child").exists() and (
+            tmp_path / "child").read_text())
+        child = int((tmp_path / "child").read_text())
+        app.process.kill()
+        try:
+            wait_until(lambda: client.count(client.queue) == 1, 10)
+            assert not gone({child})
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
 def test_a_queue_with_priorities_and_a_timeline_of_the_run(client, tmp_path):
     arguments, trace = {"x-max-priority": 9}, tmp_path / "trace.json"
     client.channel.queue_declare(client.queue, durable=True, arguments=arguments)
@@ -3328,6 +3421,221 @@ def test_a_queue_with_priorities_and_a_timeline_of_the_run(client, tmp_path):
     events = json.loads(trace.read_text())
     assert {e["name"] for e in events} == {f"'add'[{ident}]" for ident in idents}
     assert all(event["ph"] == "X" and event["dur"] >= 0 for event in events)
+
+
+# =====================================================================================
+# The queue counts
+# =====================================================================================
+
+COUNT_TASKS = """
+import os
+
+@task
+def threaded(): return os.getpid()
+
+@task(retries=1, retry_delay=0.1)
+def tried_again(path):
+    open(path, "a").write(f"{os.getpid()}\\n")
+    raise ValueError("again")
+
+@task
+async def awaited(): return os.getpid()
+"""
+
+
+def come_back(client, times):
+    """Take and give back whatever lies in the queue so many times."""
+    for _ in range(times):
+        count = client.count(client.queue)
+        for _ in range(count):
+            assert client.channel.basic_get(client.queue)[0]
+        client.channel.basic_nack(0, multiple=True)     # 0: all of them
+        wait_until(lambda: client.count(client.queue) == count)
+
+
+@pytest.fixture
+def counting(client, tmp_path):
+    """A client whose queue is there before the app, and the settings of the app."""
+    client.environ = {**client.config, **tasks_module(tmp_path, COUNT_TASKS)}
+    client.channel.queue_declare(client.queue, durable=True,
+                                 arguments=OliveAppConfig().queue_arguments)
+    return client
+
+
+def test_what_came_back_five_times_runs_in_a_process(counting, tmp_path):
+    client, path = counting, tmp_path / "pids"
+    isolated = client.send("threaded", [])
+    awaited = client.send("awaited", [])
+    client.send("tried_again", [str(path)])
+    # Nobody has such an address; a broker that is asked for it closes the connection.
+    client.send("threaded", [], properties={
+        "reply_to": "amq.rabbitmq.reply-to.g1hkAA.x"})
+    come_back(client, 1)
+    usual = {client.send("threaded", [])}               # has come back four times
+    come_back(client, 4)
+    usual.add(client.send("threaded", [], **{"x-delivery-count": 20}))  # the sender's
+    with running(client.environ) as app:
+        replies = [client.reply() for _ in range(5)]
+        pids = {reply["task_id"]: reply["result"] for reply in replies}
+        assert pids[isolated] != app.process.pid == pids[awaited]
+        assert all(pids[ident] == app.process.pid for ident in usual)
+        headers = buried(client, "failed")[1]
+        assert headers["retries"] == 1 and headers["x-olive-isolated"] is True
+        tries = path.read_text().split()
+        assert len(tries) == 2 and str(app.process.pid) not in tries
+        wait_until(lambda: client.count(client.queue) == 0)
+        assert "connection lost" not in app.log
+
+
+def test_what_came_back_fifteen_times_is_dead(counting):
+    client = counting
+    idents = {client.send("awaited", []), client.send("threaded", []),
+              client.send(body="nonsense")}
+    come_back(client, 15)
+    with running(client.environ):
+        for _ in range(3):
+            properties, headers = buried(client, "returned")
+            assert headers["x-olive-error"] == (
+                "RuntimeError: came back 15 times: does it kill us?")
+            idents.remove(properties.correlation_id)
+        client.send("threaded", [])
+        assert client.reply()["status"] == "SUCCESS"
+    assert client.count(client.replies) == 0        # nobody was told of the others
+
+
+def test_a_classic_queue_does_not_count(client, tmp_path):
+    environ = {**client.config, **tasks_module(tmp_path, COUNT_TASKS),
+               "OLIVE_QUEUE_ARGUMENTS": '{"x-queue-type": "classic"}'}
+    client.channel.queue_declare(client.queue, durable=True,
+                                 arguments={"x-queue-type": "classic"})
+    client.send("threaded", [], **{"x-delivery-count": 20})     # anybody may send that
+    come_back(client, 1)
+    with running(environ, ready="is not a quorum queue") as app:
+        assert client.reply()["result"] == app.process.pid
+
+
+def test_the_dead_queue_may_be_looked_at_again_and_again(client):
+    with running(client.config):
+        client.send("fail", ["x"])
+        client.reply()
+        wait_until(lambda: client.count(client.dead_queue) == 1)
+        for _ in range(25):
+            method, *_ = client.channel.basic_get(client.dead_queue)
+            client.channel.basic_nack(method.delivery_tag)
+            wait_until(lambda: client.count(client.dead_queue) == 1)
+
+
+# =====================================================================================
+# Work in hand outlives its connection
+# =====================================================================================
+
+LOSS_TASKS = """
+import os, time
+
+@task
+def act(folder, name, fails=False):
+    with open(f"{folder}/{name}", "a") as file:
+        file.write("x")
+    while not os.path.exists(f"{folder}/go"):
+        time.sleep(0.01)
+    if fails:
+        raise ValueError(name)
+    return name
+"""
+
+
+@contextmanager
+def losing(client, relay, tmp_path, calls, **environ):
+    """An app that has lost its connection with two of the calls begun; then it is
+    connected again."""
+    environ = {**client.config, **tasks_module(tmp_path, LOSS_TASKS),
+               "OLIVE_URL": relay.url + "?heartbeat=2", "OLIVE_THREADS": "2", **environ}
+    script = tmp_path / "impatient.py"
+    script.write_text("import olive_app\nif __name__ == '__main__':\n"
+                      "    olive_app.PATIENCE = 1.0\n    olive_app.main()\n")
+    with running(environ, script=script) as app:
+        for name, fails in calls:
+            client.send("act", [str(tmp_path), name, fails])
+        wait_until(lambda: len(list(tmp_path.glob("call*"))) == 2)
+        client.send("nonsense", properties={"reply_to": None})
+        client.get(client.dead_queue)       # all are in hand when this one is dead
+        yield app
+        (tmp_path / "go").touch()
+
+
+def test_a_failure_is_told_once_though_the_connection_was_lost(client, relay, tmp_path):
+    calls = [("call0", False), ("call1", True), ("call2", False), ("call3", True)]
+    with losing(client, relay, tmp_path, calls) as app:
+        relay.cut_after = 1
+        app.wait_for("connection lost")
+        (tmp_path / "go").touch()
+        replies = {}
+        for _ in calls:
+            reply = client.reply()
+            replies.setdefault(reply["status"], []).append(reply)
+        assert [len(replies["SUCCESS"]), len(replies["FAILURE"])] == [2, 2]
+        letters = {buried(client, "failed")[1]["x-olive-error"] for _ in range(2)}
+        assert letters == {"ValueError: call1", "ValueError: call3"}
+        app.signal()
+        assert app.wait() == 0
+    assert client.count(client.dead_queue) == client.count(client.queue) == 0
+    assert client.count(client.replies) == 0
+    assert {p.name: p.read_text() for p in tmp_path.glob("call*")} == {
+        name: "x" for name, _ in calls}     # nothing was begun twice
+
+
+def test_what_somebody_else_got_is_let_go(client, relay, tmp_path):
+    calls = [("call0", False), ("call1", True), ("call2", False), ("call3", False)]
+    with losing(client, relay, tmp_path, calls) as app:
+        # A more important consumer gets all that comes back to the queue.
+        taken = client.channel.consume(client.queue, arguments={"x-priority": 9},
+                                       inactivity_timeout=0.2)
+        next(taken)
+        relay.cut_after = 1
+        names = set()
+        while len(names) < 4:
+            if (message := next(taken))[0]:
+                names.add(json.loads(message[2])[0][1])
+        app.wait_for("reconnected")
+        (tmp_path / "go").touch()
+        wait_until(lambda: next(taken) and client.count(client.replies) == 1)
+        assert client.reply()["result"] == "call0"      # a success is told ...
+        app.signal()
+        assert app.wait() == 0
+        assert "given back" not in app.log
+        client.channel.cancel()
+    client.channel.basic_nack(0, multiple=True)         # ... but all is still there
+    wait_until(lambda: client.count(client.queue) == 4)
+    assert client.count(client.dead_queue) == client.count(client.replies) == 0
+    # What had not begun when the connection was lost was never begun.
+    assert len(list(tmp_path.glob("call*"))) == 2
+
+
+# =====================================================================================
+# The ladder
+# =====================================================================================
+
+def later(seconds):
+    return (datetime.now(timezone.utc) + timedelta(seconds=seconds)).isoformat()
+
+
+def test_what_waits_for_a_queue_that_is_gone_holds_nobody_up(vhost, tmp_path):
+    gone_app, neighbour = (Drill(vhost, tmp_path, name) for name in ("a.b", "b"))
+    with running(gone_app.environ):
+        gone_app.send([("work", i) for i in range(40)], eta=later(3.5))
+        wait_until(lambda: gone_app.counts()[gone_app.queue] == 0)
+    with gone_app.channel() as channel:
+        channel.queue_delete(gone_app.queue)
+    with running(neighbour.environ) as app:
+        for n in range(3):
+            neighbour.send([("work", f"n{n}")], eta=later(1.2))
+            wait_until(lambda: f"n{n}" in neighbour.marks("done"), 10)
+        with neighbour.channel() as channel:
+            def lost():
+                declared = channel.queue_declare(olive_app.LOST, passive=True)
+                return declared.method.message_count == 40
+            wait_until(lost)
+        neighbour.finish(app)
 
 
 # =====================================================================================
