@@ -67,6 +67,9 @@ PATIENCE = 180.0                # seconds that a job waits for its message to co
 
 # =====================================================================================
 # Tasks: functions that may be called by name from the wire, and no others
+#
+# A message names a task; it carries no code, and nothing is ever imported or unpickled
+# because a message says so. What is not in the registry below cannot be called.
 # =====================================================================================
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def task(name: str | Callable | None = None, worker: str | None = None,
         TASKS[key] = OliveTask(function, worker, timeout, retries, retry_delay)
         return function
 
-    if callable(name):      # `@task` without brackets: the function itself came
+    if callable(name):      # `@task` without brackets: the function itself came here
         function, name = name, None
         return register(function)
     if worker not in (None, "thread", "process"):
@@ -112,9 +115,13 @@ def task(name: str | Callable | None = None, worker: str | None = None,
     return register
 
 
-@functools.cache
+@functools.cache            # for a second time they would be names that are taken
 def demo_tasks() -> None:
-    """Register the five demo tasks; "olive_app" in OLIVE_TASKS stands for these."""
+    """Register the five demo tasks; "olive_app" in OLIVE_TASKS stands for these.
+
+    They are registered when they are asked for, and not by the import of this module:
+    a program of one's own must not have a task `add` that it did not write.
+    """
 
     @task
     def add(x, y):
@@ -139,7 +146,10 @@ def demo_tasks() -> None:
 
 
 def load_tasks(modules: tuple[str, ...]) -> None:
-    """Import the modules that register tasks. In children, too: each has a registry."""
+    """Import the modules that register tasks.
+
+    Worker processes do so, too, before their first job: each has a registry of its own.
+    """
     for module in modules:
         demo_tasks() if module == "olive_app" else importlib.import_module(module)
 
@@ -151,8 +161,9 @@ def load_tasks(modules: tuple[str, ...]) -> None:
 #
 #     delivered --> the job is run --> the reply is sent --> acknowledged
 #
-# That is the plain life of a message, and the first section below. Everything after it
-# is there because that life can be cut short at every arrow:
+# That is the plain life of a message, and the first section of the class below. All the
+# other sections are there because that life can be cut short at every arrow. Until it
+# is acknowledged the broker holds the message for us, and so nothing is lost:
 #
 #     if we die ...                    the message           the job       the caller
 #     before the job is run            to somebody else      runs once     gets a reply
@@ -173,15 +184,13 @@ class Job:
         channel open       waits -----> runs -----> done -----> settled
                              |            |           |            ^
         channel closed    let go        runs ---> expected --------+ the message is
-                                                      |            | delivered again
+                                                      |              delivered again
                                                    let go, after PATIENCE or at a stop
     """
 
     def __init__(self, channel: sweepea.Channel, method, properties, body) -> None:
-        self.channel: sweepea.Channel | None = channel
-        self.tag = method.delivery_tag
-        self.begun = False
-        self.call: Call | None = None
+        self.channel, self.tag = channel, method.delivery_tag
+        self.begun, self.call = False, None
         self.properties, self.body = properties, body
         self.headers = properties.headers or {}
         self.name = "?"                 # for the log, until the request is read
@@ -191,7 +200,7 @@ class Job:
 
     @property
     def key(self) -> tuple:
-        """What a message and its next delivery have in common, but no copy of it."""
+        """What a message has in common with its next delivery, but not with a copy."""
         return repr(self.headers.get("id")), self.properties.message_id, self.body
 
 
@@ -202,9 +211,9 @@ class OliveOly:
         self.config = config or OliveAppConfig()
         self._stop, self._status = Event(), 0
         self._in_hand: set[Job] = set()
-        self._expected: dict[tuple, Job] = {}   # by key; see "Work in hand"
-        self._news = SchedBarrier()             # the jobs that wait for their message
-        self._settled = Event()                 # something was, since the last loss
+        self._expected: dict[tuple, Job] = {}   # by key: done or not, message not here
+        self._news = SchedBarrier()             # where jobs wait for their message
+        self._settled = Event()                 # a message was, on this connection
         self._consumers: list[str] = []         # their tags, on the link's channel
         self._trace = Trace(self.config.trace)
         for module in self.config.tasks:
@@ -218,11 +227,11 @@ class OliveOly:
     # -- the plain life of a message ---------------------------------------------------
 
     def _on_message(self, channel: sweepea.Channel, method, properties, body) -> None:
-        """A message is delivered: from here on a task of its own lives its life."""
+        """A message is delivered: a kernel task of its own lives its life."""
         if self._stop.is_set():
             return                      # it goes back when the connection is closed
         job = Job(channel, method, properties, body)
-        if method.redelivered:
+        if method.redelivered:          # then two questions come first: see below
             if self._came_back(job):
                 return
             self._count_returns(job)
@@ -230,12 +239,13 @@ class OliveOly:
         job.task = self._kernel._spawn(self._live(job))
 
     async def _live(self, job: Job) -> None:
+        """Find out what the message asks for, do it, and settle the message."""
         began = time.time()
         try:
             request = await self._read(job)
             if request:
                 outcome = await self._run(job, request)
-                job.begun = True
+                job.begun = True        # a thread that was given the job has done it
                 log.debug("%s: %s", job.name, outcome.reason)
                 if outcome.reason == "done":
                     if outcome.error:
@@ -253,17 +263,17 @@ class OliveOly:
     async def _run(self, job: Job, request: Request) -> Outcome:
         """Run the job where it belongs: on the kernel, in a thread, in a process."""
         registered = TASKS[request.name]
-        limits = [limit for limit in (registered.timeout, request.limit)
-                  if limit is not None]
-        limit = min(limits) if limits else self.config.task_timeout
+        limits = [limit for limit in (registered.timeout, request.limit) if limit]
+        limit = min(limits, default=self.config.task_timeout)
         what = request.name, request.id, job.body
-        worker = registered.worker or self.config.worker
         try:
             if inspect.iscoroutinefunction(registered.function):
                 return await self._run_coroutine(job, what, limit)
-            if worker == "process" or job.isolated:
-                outcome = await self._run_in_process(job, what, limit)
-                if outcome is not None:
+            if job.isolated or "process" == (registered.worker or self.config.worker):
+                async with self._processes.slots:
+                    self._begin(job)
+                    outcome = await self._processes.call(_execute_in_child, what, limit)
+                if outcome is not None:     # else the process does not know the task
                     return outcome
             job.call = Call(self._threads, _execute, what, limit)
             return await job.call.result()
@@ -279,11 +289,6 @@ class OliveOly:
             raise sweepea.TaskCancelled("no worker") from None
         except Exception as exc:
             return _failure("failed", exc)
-
-    async def _run_in_process(self, job: Job, what: tuple, limit) -> Outcome | None:
-        async with self._processes.slots:
-            self._begin(job)
-            return await self._processes.call(_execute_in_child, what, limit)
 
     async def _run_coroutine(self, job: Job, what: tuple, limit) -> Outcome:
         self._begin(job)
@@ -303,19 +308,283 @@ class OliveOly:
             await child.cancel(blocking=False)
 
     async def _settle(self, job: Job, reply: bytes | None) -> None:
-        """Send the reply, then acknowledge, both on the channel of the delivery."""
+        """Send the reply, if one is wanted, then acknowledge, on one channel.
+
+        The broker handles what is said on a channel in order. So it never forgets a
+        message of which it does not have the reply yet. Nobody confirms the reply: for
+        that it would have to travel on another channel, and the acknowledgement to wait
+        for it, which costs every message a round trip.
+        """
         has_message = await self._has_message(job)
         channel = job.channel if has_message else self._link.channel
-        reply_to = job.properties.reply_to
-        if reply and reply_to and channel and channel.pika.is_open and not (
-                job.isolated and reply_to.startswith(DIRECT_REPLY)):
-            channel.pika.basic_publish("", reply_to, reply, pika.BasicProperties(
+        address = job.properties.reply_to
+        # A direct reply-to is no queue, and a malformed one has the broker close the
+        # connection. A message that came back so often may have such an address.
+        if job.isolated and address and address.startswith(DIRECT_REPLY):
+            address = None
+        if reply and address and channel and channel.pika.is_open:
+            channel.pika.basic_publish("", address, reply, pika.BasicProperties(
                 content_type="application/json", content_encoding="utf-8",
                 delivery_mode=2, correlation_id=job.properties.correlation_id))
         if has_message:
             job.channel.basic_ack(job.tag)
             if not self._settled.is_set():
                 await self._settled.set()
+
+    # -- what can go wrong: the message ------------------------------------------------
+    #
+    # Anybody may send us anything. What makes no sense must neither stop the app nor
+    # come back for ever. Without this section, one message without a header `task`
+    # would be an exception in `_live`, would never be acknowledged, and would come
+    # again after each restart. So it is put into the dead queue with the reason, where
+    # a person can look at it, and its sender is told.
+
+    async def _read(self, job: Job) -> Request | None:
+        """Find out what a message asks for; None if it is settled without a run."""
+        try:
+            request = Request(job.properties)
+        except ValueError as exc:
+            return await self._bury(job, None, _failure("malformed", exc))
+        job.name = f"{_shown(request.name)}[{_shown(request.id)[1:-1]}]"
+        if job.returns >= GIVEN_UP:
+            error = RuntimeError(f"came back {job.returns} times: does it kill us?")
+            return await self._bury(job, None, _failure("returned", error))
+        now = datetime.now(timezone.utc)
+        if request.expires and now > request.expires:
+            log.info("%s has expired", job.name)
+            error = _failure("expired", TaskRevokedError("expired")).error
+            return await self._settle(job, _error_answer(request.id, "REVOKED", error))
+        wait = (request.eta - now).total_seconds() if request.eta else 0
+        if wait >= 1:
+            return await self._wait(job, wait)
+        if wait > 0:
+            await sleep(wait)           # what is too short for the ladder
+        if request.name.startswith("celery."):
+            exc = Unsupported(f"{request.name} is not supported: {INSTEAD}")
+            return await self._bury(job, request, _failure("unsupported", exc))
+        if request.name not in TASKS:
+            exc = NotRegistered(request.name)
+            return await self._bury(job, request, _failure("unknown-task", exc))
+        return request
+
+    async def _bury(self, job: Job, request: Request | None, outcome: Outcome) -> None:
+        """Put a message into the dead queue with the reason, and tell its sender."""
+        reason, _, error = outcome
+        log.warning("%s is dead (%s): %s: %s", job.name, reason, error.kind,
+                    _shown(error.text))
+        reply = _error_answer(request and request.id, "FAILURE", error)
+        # Of what came back so often, even the reply may be what kills us.
+        await self._move(job, "", self.config.dead_queue,
+                         None if reason == "returned" else reply, **{
+                             "x-olive-reason": reason,
+                             "x-olive-error": f"{error.kind}: {error.text}"[:MAX_ERROR],
+                             "x-olive-traceback": error.traceback})
+
+    async def _move(self, job: Job, exchange: str, key: str, reply: bytes | None = None,
+                    **changes: Any) -> None:
+        """Publish a copy of a message, some headers changed; then settle the message.
+
+        The message is acknowledged when the broker has confirmed the copy, and not
+        before. So at every moment the broker has one of the two, and sometimes both.
+        """
+        self._begin(job)
+        if job.isolated:
+            changes["x-olive-isolated"] = True      # the copy's own count begins at 0
+        properties = republished(job.properties, **changes)
+        if await self._publish(job, exchange, key, properties):
+            if await self._has_message(job):
+                await self._settle(job, reply)
+
+    async def _publish(self, job: Job, exchange: str, key: str,
+                       properties: pika.BasicProperties) -> bool:
+        """Publish until it is confirmed; False if the job's message is not in hand."""
+        for attempt in itertools.count():
+            if not await self._has_message(job):
+                return False
+            try:
+                await self._link.publish(exchange, key, job.body, properties)
+                return True
+            except AMQPError as exc:
+                error = exc
+            await sleep(min(sweepea.MAX_BACKOFF, 0.1 * 2 ** min(attempt, 10)))
+            if self._link.connection is None:
+                continue                # the link says so, and declares everything anew
+            log.warning("could not publish to %s: %s; trying again", exchange or key,
+                        describe(error))
+            # Somebody may have deleted what we publish to. A declaration that fails
+            # closes its channel, which must not be that of the deliveries.
+            try:
+                channel = await self._link.connection.channel()
+                await declare_topology(channel, self.config)
+                channel.pika.close()
+            except AMQPError as exc:
+                log.warning("could not declare the topology: %s", describe(exc))
+
+    # -- what can go wrong: the task ---------------------------------------------------
+    #
+    # A task that fails may succeed a little later, when the network is back, say. So it
+    # is tried again as often as it says, after a pause that doubles each time. The dice
+    # keep a thousand that failed together from coming back together. The pause is spent
+    # in the broker (see "The ladder"): here it would hold a place in the window.
+
+    async def _fail(self, job: Job, request: Request, outcome: Outcome) -> None:
+        """Have a job that failed tried again, or bury it."""
+        registered, error = TASKS[request.name], outcome.error
+        retries = registered.retries
+        if outcome.reason == "worker-lost" and not job.isolated:
+            # The kernel's OOM killer, say, may have picked this process because others
+            # used the memory. A job that was isolated has no such excuse.
+            retries = max(retries, 1)
+        may_retry = outcome.reason in ("failed", "timeout", "worker-lost")
+        if not may_retry or request.retries >= retries:
+            return await self._bury(job, request, outcome)
+        pause = registered.retry_delay * 2 ** min(request.retries, 20)
+        pause *= random.uniform(1, 1.25)
+        log.info("%s: %s: %s; try %d of %d in %.1f s", job.name, error.kind,
+                 _shown(error.text), request.retries + 2, retries + 1, pause)
+        eta = datetime.now(timezone.utc) + timedelta(seconds=pause)
+        await self._wait(job, pause, retries=request.retries + 1, eta=eta.isoformat())
+
+    async def _wait(self, job: Job, seconds: float, **changes: Any) -> None:
+        """Have a copy of the message come back later."""
+        if seconds < 1:                 # at once, and `_read` sleeps so long
+            await self._move(job, "", self.config.queue, **changes)
+        else:
+            await self._move(job, wait_name(LADDER - 1),
+                             wait_key(seconds, self.config.queue), **changes)
+
+    def _look_at_threads(self) -> None:
+        # A thread that hangs cannot be killed, only replaced, and it keeps what it has.
+        # A supervisor can do what we cannot: start the program afresh.
+        if len(self._threads.abandoned) >= self._threads.size:
+            log.error("every thread hangs in a task that does not end: stopping, to be "
+                      "started afresh")
+            self.stop(1)
+
+    # -- what can go wrong: a message that kills us ------------------------------------
+    #
+    # Without this, a job that crashes the whole process (a segfault in a C library)
+    # crashes each app that gets its message, and the broker hands it out for ever. We
+    # need not count: a quorum queue counts how often a message came back, whatever the
+    # reason was (a crash, a lost connection, a stop).
+    #
+    #     0 ... 4     as usual
+    #     5 ... 14    in a worker process, even if it is a job for a thread. If it
+    #                 kills, it kills that process alone, and ends as `worker-lost`. The
+    #                 innocent that came back along with it are simply done. A copy of
+    #                 the message says that it is isolated, as its count begins at 0.
+    #     15          to the dead queue, before RabbitMQ 4 drops it at 20. What comes so
+    #                 far does not run in a worker: a coroutine, which needs the kernel,
+    #                 or a message or a reply that we or the broker choke on.
+    #
+    # The price: a classic queue does not count, and has no such protection.
+
+    def _count_returns(self, job: Job) -> None:
+        returns = job.headers.get("x-delivery-count")
+        # In any other queue the header may be the sender's.
+        if self.config.counts_returns and isinstance(returns, int):
+            job.returns = returns
+            job.isolated = job.isolated or returns >= ISOLATED
+
+    # -- what can go wrong: the connection. Work in hand outlives it -------------------
+    #
+    # Without this, each loss of the connection would have everything run a second time
+    # that runs just then. The broker takes its messages back and delivers them again,
+    # mostly to us. So what runs goes on, and its message, when it comes, is handed to
+    # the job in hand. What has not begun is let go at once, as the broker may give it
+    # to somebody who is free.
+    #
+    # A job that is done before its message is back waits for it. If the message does
+    # not come, somebody else has got it and does it again. Then a success still sends
+    # its reply, but a failure is not told and no copy is published, or each loss would
+    # make two messages of one. How long does it wait? While the network is silent, the
+    # broker keeps the old delivery until it misses our heartbeats: three minutes.
+    #
+    # An acknowledgement that was under way when the connection was lost is lost, too:
+    # then the job is done again, as at-least-once allows.
+
+    async def _watch(self, channel: sweepea.Channel) -> None:
+        """Watch over what is in hand, from one connection to the next."""
+        expected = list(self._expected.values())
+        await ignore_after(PATIENCE, channel.wait_closed())
+        if channel.closed is None:
+            await self._give_up(expected)
+            await channel.wait_closed()
+        for job in list(self._in_hand):
+            await self._let_go(job)
+
+    def _expect(self) -> None:
+        """The connection is back: what runs, or is done, expects its message."""
+        for job in self._in_hand:
+            if job.channel is not None and job.channel.closed is not None:
+                self._expected[job.key] = job
+
+    async def _give_up(self, jobs: list[Job]) -> None:
+        """Expect the messages of these jobs no longer."""
+        for job in jobs:
+            if self._expected.get(job.key) is job:
+                del self._expected[job.key]
+                job.channel = None
+        await self._news.wake()
+
+    def _came_back(self, again: Job) -> bool:
+        """Hand a delivery to the job in hand that expects it, if there is one."""
+        job = self._expected.pop(again.key, None)
+        if job is None:
+            return False
+        job.channel, job.tag = again.channel, again.tag
+        self._kernel._spawn(self._news.wake())
+        return True
+
+    async def _has_message(self, job: Job) -> bool:
+        """Whether a job can settle its message; waits while the message is expected."""
+        while job.channel is not None and job.channel.closed is not None:
+            if self._stop.is_set():
+                return False            # a stop does not wait for messages
+            await self._news.suspend("MESSAGE_WAIT")
+        return job.channel is not None
+
+    async def _let_go(self, job: Job) -> bool:
+        """Drop a job that has not begun; False if it has."""
+        if job.begun or job.call is not None and not job.call.take_back():
+            return False
+        job.channel = None
+        await job.task.cancel(blocking=False)
+        return True
+
+    def _begin(self, job: Job) -> None:
+        """From here on the job cannot be let go any more."""
+        if job.channel is None:
+            # The job was let go in the moment in which it was woken. Its cancellation
+            # is pending, and would come only when something has begun and waits.
+            raise sweepea.TaskCancelled("let go")
+        job.begun = True
+
+    # A message can end a connection: pika cannot decode every header that a broker lets
+    # through, and then fails from inside. Without what follows, such a message would
+    # come back each time with a window full of others, whose counts would rise with it.
+    # So after a connection that did not last, the consumer may hold one message only,
+    # until something was settled; or for a while, as the one may belong to a long job
+    # in hand. A consumer's window cannot be changed, so another takes its place.
+
+    async def _consume(self, channel: sweepea.Channel, prefetch: int) -> None:
+        """Start a consumer; what is in hand of the ones before stays in hand."""
+        def on_message(_channel, *message) -> None:
+            self._on_message(channel, *message)
+
+        if not self._stop.is_set():
+            await channel.call("basic_qos", prefetch_count=prefetch)
+            frame = await channel.call("basic_consume", self.config.queue, on_message)
+            self._consumers.append(frame.method.consumer_tag)
+
+    async def _widen(self, channel: sweepea.Channel) -> None:
+        await self._link.up.wait()
+        await ignore_after(sweepea.MAX_BACKOFF, self._settled.wait())
+        if channel.closed is None:
+            narrow = self._consumers.pop()
+            with suppress(AMQPError):       # if it is lost again, the link says so
+                await self._consume(channel, self.config.prefetch)
+                await channel.call("basic_cancel", narrow)
 
     # -- starting ----------------------------------------------------------------------
 
@@ -324,7 +593,7 @@ class OliveOly:
 
         `background` are coroutine functions that run on the kernel beside it. A second
         signal leaves at once, with status 128 + its number. Exit status 1: the broker
-        refuses us, or too many threads hang in jobs that do not end.
+        refuses us, too many threads hang, or no worker process can be started.
         """
         logging.basicConfig(
             level=self.config.log_level, format="%(asctime)s %(levelname)s %(message)s")
@@ -368,6 +637,7 @@ class OliveOly:
             self.stop(1)
 
     async def _on_connect(self, connection, channel: sweepea.Channel) -> None:
+        """Called by the link for each new connection, before it counts as up."""
         await declare_topology(channel, self.config)
         self._expect()
         await spawn(self._watch, channel)
@@ -385,247 +655,6 @@ class OliveOly:
                             "message comes back, so a task that kills the app does so "
                             "again and again", self.config.queue)
 
-    async def _consume(self, channel: sweepea.Channel, prefetch: int) -> None:
-        """Start a consumer; what is in hand of the ones before stays in hand."""
-        def on_message(_channel, *message) -> None:
-            self._on_message(channel, *message)
-
-        if not self._stop.is_set():
-            await channel.call("basic_qos", prefetch_count=prefetch)
-            frame = await channel.call("basic_consume", self.config.queue, on_message)
-            self._consumers.append(frame.method.consumer_tag)
-
-    # -- what can go wrong: the message itself -----------------------------------------
-    #
-    # Anybody may send us anything. What makes no sense must neither stop the app nor
-    # come back for ever: it is put into the dead queue with the reason, where a person
-    # can look at it, and its sender is told.
-
-    async def _read(self, job: Job) -> Request | None:
-        """Find out what a message asks for; None if it is settled without a run."""
-        try:
-            request = Request(job.properties)
-        except ValueError as exc:
-            return await self._bury(job, None, _failure("malformed", exc))
-        job.name = f"{_shown(request.name)}[{_shown(request.id)[1:-1]}]"
-        if job.returns >= GIVEN_UP:
-            error = RuntimeError(f"came back {job.returns} times: does it kill us?")
-            return await self._bury(job, None, _failure("returned", error), False)
-        now = datetime.now(timezone.utc)
-        if request.expires and now > request.expires:
-            log.info("%s has expired", job.name)
-            error = _failure("expired", TaskRevokedError("expired")).error
-            return await self._settle(job, _error_answer(request.id, "REVOKED", error))
-        wait = (request.eta - now).total_seconds() if request.eta else 0
-        if wait >= 1:
-            return await self._wait(job, wait)
-        if wait > 0:
-            await sleep(wait)
-        if request.name.startswith("celery."):
-            return await self._bury(job, request, _failure("unsupported", Unsupported(
-                f"{request.name} is not supported: {INSTEAD}")))
-        if request.name not in TASKS:
-            return await self._bury(job, request, _failure(
-                "unknown-task", NotRegistered(request.name)))
-        return request
-
-    async def _bury(self, job: Job, request: Request | None, outcome: Outcome,
-                    told: bool = True) -> None:
-        """Put a message into the dead queue with the reason, and tell its sender."""
-        reason, _, error = outcome
-        log.warning("%s is dead (%s): %s: %s", job.name, reason, error.kind,
-                    _shown(error.text))
-        reply = told and _error_answer(request and request.id, "FAILURE", error)
-        await self._move(job, "", self.config.dead_queue, reply, **{
-            "x-olive-reason": reason,
-            "x-olive-error": f"{error.kind}: {error.text}"[:MAX_ERROR],
-            "x-olive-traceback": error.traceback})
-
-    async def _move(self, job: Job, exchange: str, key: str, reply: bytes | None = None,
-                    **changes: Any) -> None:
-        """Publish a copy of a message, some headers changed; then settle the message.
-
-        The copy is confirmed before the message is acknowledged, so that at every
-        moment the broker has one of them.
-        """
-        self._begin(job)
-        if job.isolated:
-            changes["x-olive-isolated"] = True
-        properties = republished(job.properties, **changes)
-        if await self._publish(job, exchange, key, properties):
-            if await self._has_message(job):
-                await self._settle(job, reply)
-
-    async def _publish(self, job: Job, exchange: str, key: str,
-                       properties: pika.BasicProperties) -> bool:
-        """Publish until it is confirmed; False if the job's message is not in hand."""
-        for attempt in itertools.count():
-            if not await self._has_message(job):
-                return False
-            try:
-                await self._link.publish(exchange, key, job.body, properties)
-                return True
-            except AMQPError as exc:
-                error = exc
-            await sleep(min(sweepea.MAX_BACKOFF, 0.1 * 2 ** min(attempt, 10)))
-            if self._link.connection is not None:       # or the link speaks for itself
-                log.warning("could not publish to %s: %s; trying again",
-                            exchange or key, describe(error))
-                await self._declare_again()
-
-    async def _declare_again(self) -> None:
-        # Somebody has deleted what we publish to. An error would close the channel of
-        # the deliveries, so this has a channel of its own.
-        try:
-            channel = await self._link.connection.channel()
-            await declare_topology(channel, self.config)
-            channel.pika.close()
-        except AMQPError as exc:
-            log.warning("could not declare the topology: %s", describe(exc))
-
-    # -- what can go wrong: the task ---------------------------------------------------
-    #
-    # A task that fails may succeed a little later, when the network is back. So it is
-    # tried again as often as it says, after a pause that doubles each time; the dice
-    # keep a thousand that failed together from coming back together. The pause is spent
-    # in the broker (see "The ladder").
-
-    async def _fail(self, job: Job, request: Request, outcome: Outcome) -> None:
-        """Have a job that failed tried again, or bury it."""
-        registered, error = TASKS[request.name], outcome.error
-        retries = registered.retries
-        if outcome.reason == "worker-lost" and not job.isolated:
-            # The kernel's OOM killer, say, may have picked this process because others
-            # used the memory. A job that was isolated has no such excuse.
-            retries = max(retries, 1)
-        is_final = outcome.reason not in ("failed", "timeout", "worker-lost")
-        if is_final or request.retries >= retries:
-            return await self._bury(job, request, outcome)
-        pause = registered.retry_delay * 2 ** min(request.retries, 20)
-        pause *= random.uniform(1, 1.25)
-        log.info("%s: %s: %s; try %d of %d in %.1f s", job.name, error.kind,
-                 _shown(error.text), request.retries + 2, retries + 1, pause)
-        eta = datetime.now(timezone.utc) + timedelta(seconds=pause)
-        await self._wait(job, pause, retries=request.retries + 1, eta=eta.isoformat())
-
-    async def _wait(self, job: Job, seconds: float, **changes: Any) -> None:
-        if seconds < 1:         # too short for the ladder: `_read` sleeps the rest
-            await self._move(job, "", self.config.queue, **changes)
-        else:
-            await self._move(job, wait_name(LADDER - 1),
-                             wait_key(seconds, self.config.queue), **changes)
-
-    def _look_at_threads(self) -> None:
-        # A thread that hangs cannot be killed, only replaced, and each one holds what
-        # it has. A supervisor can do what we cannot: start the program afresh.
-        if len(self._threads.abandoned) >= self._threads.size:
-            log.error("every thread hangs in a task that does not end: stopping, to "
-                      "be started afresh")
-            self.stop(1)
-
-    # -- what can go wrong: a message that kills us ------------------------------------
-    #
-    # Without this, a job that crashes the whole process (a segfault in a C library)
-    # crashes each app that gets its message, and the broker hands it out for ever. We
-    # need not count: a quorum queue counts how often a message came back, whatever the
-    # reason was. Five times back, a job runs in a worker process, even if it is a job
-    # for a thread. If it kills, it kills that process alone and ends as `worker-lost`;
-    # the innocent that came back along with it are simply done. A copy of the message,
-    # whose count is 0, says that it is isolated. Fifteen times back, only a coroutine,
-    # which must run on the kernel, or a message that we choke on can be the cause: to
-    # the dead queue, before RabbitMQ 4 drops it at twenty.
-
-    def _count_returns(self, job: Job) -> None:
-        returns = job.headers.get("x-delivery-count")
-        # In any other queue the header may be the sender's.
-        if self.config.counts_returns and isinstance(returns, int):
-            job.returns = returns
-            job.isolated = job.isolated or returns >= ISOLATED
-
-    # -- what can go wrong: the connection. Work in hand outlives it -------------------
-    #
-    # Without this, each loss of the connection would have everything that runs run a
-    # second time. The broker takes its messages back and delivers them again, mostly to
-    # us. So what runs goes on, and its message, when it comes, is handed to the job in
-    # hand. What has not begun is let go at once: somebody else may be free for it.
-    #
-    # A job that ends before its message is back waits for it. If the message does not
-    # come (somebody else got it, and does it again), a success still sends its reply,
-    # but a failure is not told and no copy is published, or each loss would make two
-    # messages of one. A silent network may keep the old delivery alive for three
-    # minutes, until its heartbeats are missed; hence PATIENCE.
-
-    async def _watch(self, channel: sweepea.Channel) -> None:
-        """Watch over what is in hand, from one connection to the next."""
-        expected = list(self._expected.values())
-        await ignore_after(PATIENCE, channel.wait_closed())
-        if channel.closed is None:
-            await self._give_up(expected)
-            await channel.wait_closed()
-        for job in list(self._in_hand):
-            await self._let_go(job)
-
-    def _expect(self) -> None:
-        for job in self._in_hand:
-            if job.channel is not None and job.channel.closed is not None:
-                self._expected[job.key] = job
-
-    async def _give_up(self, jobs: list[Job]) -> None:
-        for job in jobs:
-            if self._expected.get(job.key) is job:
-                del self._expected[job.key]
-                job.channel = None
-        await self._news.wake()
-
-    def _came_back(self, again: Job) -> bool:
-        """Hand a delivery to the job in hand that expects it, if there is one."""
-        job = self._expected.pop(again.key, None)
-        if job is None:
-            return False
-        job.channel, job.tag = again.channel, again.tag
-        self._kernel._spawn(self._news.wake())
-        return True
-
-    async def _has_message(self, job: Job) -> bool:
-        """Whether a job can settle its message; waits while the message is expected."""
-        while job.channel is not None and job.channel.closed is not None:
-            if self._stop.is_set():
-                return False
-            await self._news.suspend("MESSAGE_WAIT")
-        return job.channel is not None
-
-    async def _let_go(self, job: Job) -> bool:
-        """Drop a job that has not begun; False if it has."""
-        if job.begun or job.call is not None and not job.call.take_back():
-            return False
-        job.channel = None
-        await job.task.cancel(blocking=False)
-        return True
-
-    def _begin(self, job: Job) -> None:
-        """From here on the job cannot be let go any more."""
-        if job.channel is None:
-            # Let go in the moment in which it was woken: its cancellation is pending,
-            # and would come only when the task of the user has begun and waits.
-            raise sweepea.TaskCancelled("let go")
-        job.begun = True
-
-    # A message can end a connection: pika cannot decode every header that a broker lets
-    # through, and then fails from inside. After a connection that did not last, such a
-    # message shall come back alone, and not with a window full of others, whose counts
-    # rise each time. So the next consumer may hold one message, until something was
-    # settled, or for a while, as the one may belong to a long job in hand. A consumer's
-    # window cannot be changed; another consumer takes its place.
-
-    async def _widen(self, channel: sweepea.Channel) -> None:
-        await self._link.up.wait()
-        await ignore_after(sweepea.MAX_BACKOFF, self._settled.wait())
-        if channel.closed is None:
-            narrow = self._consumers.pop()
-            with suppress(AMQPError):       # if it is lost again, the link says so
-                await self._consume(channel, self.config.prefetch)
-                await channel.call("basic_cancel", narrow)
-
     # -- stopping ----------------------------------------------------------------------
 
     def stop(self, status: int = 0) -> None:
@@ -640,13 +669,16 @@ class OliveOly:
         for number in queue.numbers:
             signal.signal(number, _leave_at_once)
         self.stop()
-        _leave_at_once(await queue.get())
+        _leave_at_once(await queue.get())   # if it came before there was a handler
 
     async def _finish(self) -> None:
-        """Take no more; give back what has not begun; wait for what has."""
+        """Take no more; give back what has not begun; wait for what has.
+
+        In this order, or what is given back would come straight in again.
+        """
         await self._give_up(list(self._expected.values()))
         if channel := self._link.channel:
-            with suppress(AMQPError):   # or it is lost just now, and they with it
+            with suppress(AMQPError):       # or it is lost just now, and they with it
                 for consumer in self._consumers:
                     await channel.call("basic_cancel", consumer)
         jobs = list(self._in_hand)
@@ -659,18 +691,17 @@ class OliveOly:
 
 
 def _leave_at_once(number: int, _frame=None) -> None:
-    os.write(2, b"olive: leaving at once\n")
+    os.write(2, b"olive: leaving at once\n")    # no lock, unlike print
     os._exit(128 + number)
 
 
 def _advice(exc: AMQPError, config: OliveAppConfig) -> str:
     """What to do about a broker that refuses us."""
-    text = str(exc)
     if not isinstance(exc, ChannelClosedByBroker):
         return " (check OLIVE_URL)"
     if exc.reply_code == 403:
-        return " (give the user of OLIVE_URL the permission, see rabbitmqctl)"
-    if f"queue '{config.queue}'" in text:
+        return " (let rabbitmqctl set_permissions give the user of OLIVE_URL more)"
+    if f"queue '{config.queue}'" in str(exc):
         return " (delete it, or set OLIVE_QUEUE_ARGUMENTS as it was declared)"
     return " (delete it, or choose another name)"
 
@@ -683,25 +714,40 @@ class Trace:
         self._before = "[\n"
 
     def slice(self, job: Job, began: float) -> None:
+        """Note a message that was in hand since `began` (`time.time()`)."""
         if self._file:
-            print(self._before + json.dumps({
+            self._file.write(self._before + json.dumps({
                 "name": job.name, "ph": "X", "pid": os.getpid(), "tid": job.tag,
-                "ts": began * 1e6, "dur": (time.time() - began) * 1e6}),
-                end="", file=self._file)
+                "ts": began * 1e6, "dur": (time.time() - began) * 1e6}))
             self._before = ",\n"
 
     def close(self) -> None:
+        """End the file, which is JSON then."""
         if self._file:
-            print("[]" if self._before == "[\n" else "\n]", file=self._file)
+            self._file.write("[]\n" if self._before == "[\n" else "\n]\n")
             self._file.close()
 
 
 # =====================================================================================
 # Running a job: bytes in, bytes out
 #
-# The body of a message goes to the worker as the bytes that came, is decoded there, and
-# comes back as the bytes of the reply. So the kernel's thread neither decodes nor
-# encodes what workers work on, and what passes to and from a process is plain.
+# The body of a message goes to the worker as the bytes that came. It is decoded there,
+# and what comes back is the body of the reply, in bytes again. So the kernel's thread
+# neither decodes nor encodes what threads and processes work on, and what travels to a
+# process and back is plain and quick to pickle:
+#
+#     kernel    (task name, id, body)  --->  worker: decode, call the function, encode
+#     kernel    Outcome                <---
+#
+# Bodies and replies are Celery's, as JSON:
+#
+#     body      [args, kwargs, {"callbacks": null, "errbacks": null, "chain": null,
+#               "chord": null}]
+#     reply     {"task_id": id, "status": "SUCCESS", "result": value,
+#               "traceback": null, "children": []}
+#     failure   {"task_id": id, "status": "FAILURE", "result":
+#               {"exc_type": "ValueError", "exc_message": ["text"], "exc_module":
+#               "builtins"}, "traceback": text, "children": []}
 # =====================================================================================
 
 MAX_RESULT = 16 << 20                       # bytes of JSON: RabbitMQ 4's own limit
@@ -752,7 +798,12 @@ class WorkerLostError(Exception):
 
 
 def _decode(body: bytes) -> tuple[list, dict]:
-    """Take the arguments out of a body. Raises ValueError if it is not a good one."""
+    """Take the arguments out of a body.
+
+    Raises ValueError if the body is not what it should be, and Unsupported if it asks
+    for one of Celery's canvases. These are refused aloud, for half of them supported
+    would be worse than none: a coroutine does the same in a line that one can read.
+    """
     def refuse(constant):
         raise ValueError(f"{constant} is not JSON")
 
@@ -778,6 +829,7 @@ def _answer(ident: str | None, status: str, result: Any, trace: str | None) -> b
 
 
 def _error_answer(ident: str | None, status: str, error: Error) -> bytes:
+    """The body of a reply that says what went wrong."""
     kind, module = error.kind, error.module
     if kind in ("SystemExit", "KeyboardInterrupt", "GeneratorExit"):
         # A client raises what it gets, and would leave by these.
@@ -787,6 +839,7 @@ def _error_answer(ident: str | None, status: str, error: Error) -> bytes:
 
 
 def _failure(reason: str, exc: BaseException) -> Outcome:
+    """Make an outcome of an exception. Texts are cut: they travel in headers."""
     try:
         text = str(exc)
         trace = "".join(traceback.format_exception(exc)) if exc.__traceback__ else ""
@@ -804,6 +857,7 @@ def _clean(text: str) -> str:
 
 
 def _success(ident: str, result: Any) -> Outcome:
+    """Make an outcome of a result, which may be one that cannot be sent."""
     try:
         reply = _answer(ident, "SUCCESS", result, None)
         if len(reply) > MAX_RESULT:
@@ -818,7 +872,11 @@ def _success(ident: str, result: Any) -> Outcome:
 
 
 async def _perform(name: str, ident: str, body: bytes, on_kernel: bool) -> Outcome:
-    """Run the job of a message, and say what came of it, whatever that is."""
+    """Run the job of a message, and say what came of it, whatever that is.
+
+    Nothing that a task raises leaves this function: neither may an exception take a
+    thread or the kernel with it, nor a SystemExit the app.
+    """
     try:
         args, kwargs = _decode(body)
     except (Unsupported, ValueError) as exc:
@@ -849,12 +907,26 @@ def _execute(*job) -> Outcome:
 
 
 def _execute_in_child(name: str, *job) -> Outcome | None:
-    """The same in a worker process; None if the task is not known there."""
+    """The same in a worker process. None if the task is not known there, as one that
+    the program registered after its start is."""
     return _execute(name, *job) if name in TASKS else None
 
 
 # =====================================================================================
 # Messages
+#
+# A message is a body and properties, and among the properties are headers, a table of
+# names and values. Those that count here, after Celery's protocol (version 2):
+#
+#     content_type      application/json; nothing else is decoded, pickle least of all
+#     correlation_id    the id of the job, which the reply carries, too
+#     reply_to          the queue for the reply, if the sender wants one
+#     headers           task (its name), id, eta and expires (ISO 8601), timelimit
+#                       ([hard, soft], in seconds), retries (how often it was tried
+#                       again); on what we publish, also x-olive-...
+#
+# Anything may be in there, of any type, and what makes no sense is an error with a text
+# for the sender: a limit that is overlooked in silence would be found out too late.
 # =====================================================================================
 
 MAX_HEADERS = 130_000       # bytes: a header frame has to fit into 128 KiB
@@ -876,7 +948,11 @@ def _instant(value: Any, name: str) -> datetime | None:
 
 
 class Request:
-    """What the properties of a message say. Raises ValueError if they make no sense."""
+    """What the properties of a message say.
+
+    `name`, `id`; `eta` and `expires`, datetimes in UTC or None; `limit`, seconds or
+    None; `retries`. Raises ValueError, with the reason, if they make no sense.
+    """
 
     def __init__(self, properties: pika.BasicProperties) -> None:
         headers = properties.headers or {}
@@ -966,15 +1042,21 @@ def _shown(text: Any) -> str:
 #
 # One ladder serves every app of the virtual host. The fraction of a second is slept in
 # the app. The queues are quorum queues with the strategy at-least-once: each hop inside
-# the broker is confirmed, as a publish of ours is. But such a queue keeps what it cannot
-# pass on, and some thirty of these bring it to a standstill for everybody. So what has
-# waited for a queue that is gone ends in the queue Olive.lost (`alternate-exchange`).
+# the broker is confirmed, as a publish of ours is. But such a queue keeps what it can
+# not pass on, and some thirty of these bring it to a standstill for everybody. So what
+# has waited for a queue that is gone ends in the queue Olive.lost, by way of the
+# exchange's `alternate-exchange`.
+#
+# The binding of an app's queue is 17 times `*.` and the queue's name. In a topic `*`
+# stands for one word. A `#`, which stands for any number of words, would be shorter,
+# but a queue of the name `q` would also get what waits for `a.q`.
 # =====================================================================================
 
 LADDER = 17             # rungs: 1 s ... 65,536 s; who waits longer climbs down twice
 WAITED, LOST = "Olive.waited", "Olive.lost"
-# A dead queue is looked at again and again. RabbitMQ 4 drops what came back 20 times; -1
-# would mean "never" to it, but to RabbitMQ 3 "at the first time".
+# A dead queue is looked at again and again, and each look counts as a return. RabbitMQ
+# 4 drops a message at the 20th. A limit of -1 means "never" to RabbitMQ 4, but to
+# RabbitMQ 3 "at the first"; a very large one suits both.
 NO_LIMIT = {"x-queue-type": "quorum", "x-delivery-limit": 1_000_000_000}
 
 
@@ -992,7 +1074,8 @@ def wait_key(seconds: float, queue: str) -> str:
 async def declare_topology(channel: sweepea.Channel, config: OliveAppConfig) -> None:
     """Declare exchange, queues and ladder; harmless if they are there.
 
-    Raises pika's ChannelClosedByBroker if one is there with other arguments.
+    Raises pika's ChannelClosedByBroker if one is there with other arguments, or if the
+    user may not declare it.
     """
     # Without a callback pika asks for no answer, so that all goes out at once, and not
     # one round trip after the other. The last waits, and learns of what went wrong.
@@ -1024,49 +1107,46 @@ async def declare_topology(channel: sweepea.Channel, config: OliveAppConfig) -> 
 # =====================================================================================
 # Settings
 #
-# One table: default, meaning, how the variable's text is read, what a value must be.
-# `--help` is made of it, and so are the errors. A first reading may skip it.
+# One table: the default, what the setting means, what its value must be, and the
+# function that makes such a value of what was given, or raises. `--help` and the errors
+# are made of it. A first reading may skip this chapter.
 # =====================================================================================
 
-def _setting(default: Any, meaning: str, must: str, is_good: Callable[[Any], bool],
-             read: Callable[[str], Any] = str) -> Any:
-    made = isinstance(default, dict)
-    return field(**{"default_factory" if made else "default":
-                    default.copy if made else default},
-                 metadata={"meaning": meaning, "must": must, "is_good": is_good,
-                           "read": read})
+def _setting(default: Any, meaning: str, must: str, read: Callable) -> Any:
+    return field(default=default, metadata=dict(meaning=meaning, must=must, read=read))
 
 
-def _name(default: str, meaning: str, most: int = 255) -> Any:
-    def is_good(name) -> bool:
-        return (isinstance(name, str) and name.isprintable()
-                and 0 < len(name.encode()) <= most and not name.startswith("amq.")
-                and not {"*", "#"} & set(name.split(".")))
-
-    return _setting(default, meaning, f"1 to {most} bytes of printable text, without "
-                    "a word * or #, and must not begin with 'amq.'", is_good)
+def _good(value: Any, is_good: bool) -> Any:
+    if not is_good:
+        raise ValueError
+    return value
 
 
-def _count(default: int | None, meaning: str, most: int) -> Any:
-    return _setting(default, meaning, f"a whole number from 1 to {most}",
-                    lambda n: n is default is None or type(n) is int and 1 <= n <= most,
-                    int)
+def _name(value: str, most: int = 255) -> str:
+    return _good(value, value.isprintable() and 0 < len(value.encode()) <= most
+                 and not value.startswith("amq.")
+                 and not {"*", "#"} & set(value.split(".")))
 
 
-def _is_span(seconds: Any) -> bool:
-    return isinstance(seconds, (int, float)) and 0 <= seconds < 1e9
+def _whole(value: int | str, most: int) -> int:
+    number = int(str(value))            # by way of text, or 2.5 would become 2
+    return _good(number, 1 <= number <= most)
 
 
-def _are_urls(text: str) -> bool:
-    for url in text.split(","):
+def _urls(value: str) -> str:
+    for url in value.split(","):
         pika.URLParameters(url.strip())     # raises what it does not understand
-    return all(url.strip().startswith(("amqp://", "amqps://"))
-               for url in text.split(","))
+        _good(url, url.strip().startswith(("amqp://", "amqps://")))
+    return value
 
 
-def _is_writable(path: str) -> bool:
-    folder = os.path.dirname(path) or "."
-    return os.access(folder, os.W_OK) and not os.path.isdir(path)
+def _modules(value: tuple | str) -> tuple:
+    names = value.split(",") if isinstance(value, str) else value
+    return tuple(name.strip() for name in names if name.strip())
+
+
+NAME = "printable text of up to 255 bytes, without 'amq.' in front or a word * or #"
+LEVELS = "DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"
 
 
 @dataclass(frozen=True)
@@ -1079,43 +1159,44 @@ class OliveAppConfig:
     url: str = _setting(
         "amqp://guest:guest@localhost:5672/%2F",
         "the broker, or several, comma-separated; amqps:// for TLS",
-        "amqp://user:password@host:port/vhost or amqps://..., or several of them, "
-        "separated by commas", _are_urls)
-    exchange: str = _name("Olive.x", "the exchange to which tasks are sent")
-    queue: str = _name("Olive.q", "the queue from which they are taken", 220)
-    routing_key: str = _name("Olive.k", "what binds the one to the other")
+        "amqp://user:password@host:port/vhost or amqps://..., or several, separated by "
+        "commas", _urls)
+    exchange: str = _setting("Olive.x", "where tasks are sent to", NAME, _name)
+    queue: str = _setting("Olive.q", "where tasks come from",
+                          NAME.replace("255", "220"), lambda value: _name(value, 220))
+    routing_key: str = _setting("Olive.k", "what leads from there to here", NAME, _name)
     queue_arguments: dict = _setting(
-        {"x-queue-type": "quorum"}, "arguments of the queue, as JSON",
-        'a JSON object, such as {"x-queue-type": "quorum"}',
-        lambda value: isinstance(value, dict), json.loads)
-    dead_queue: str = _name("Olive.dead", "keeps what cannot be done, with the reason")
+        '{"x-queue-type": "quorum"}', "arguments of the queue", "a JSON object",
+        lambda value: dict(value if isinstance(value, dict) else json.loads(value)))
+    dead_queue: str = _setting(
+        "Olive.dead", "keeps what cannot be done, with the reason", NAME, _name)
     tasks: tuple[str, ...] = _setting(
-        (), "modules to import, comma-separated", "a tuple of the names of modules",
-        lambda value: isinstance(value, tuple),
-        lambda text: tuple(name.strip() for name in text.split(",") if name.strip()))
+        (), "modules to import, comma-separated", "names of modules", _modules)
     worker: str = _setting(
         "thread", "thread or process, for tasks that do not say", "thread or process",
-        lambda value: value in ("thread", "process"))
-    threads: int = _count(20, "size of the thread pool", 10_000)
-    processes: int = _count(os.cpu_count() or 1, "size of the process pool; by default "
-                            "the number of cores", 1_000)
-    prefetch: int = _count(None, "messages held at once; by default twice the number "
-                           "of threads and processes", 65_535)
+        lambda value: _good(value, value in ("thread", "process")))
+    threads: int = _setting(
+        20, "size of the thread pool", "a whole number from 1 to 10000",
+        lambda value: _whole(value, 10_000))
+    processes: int = _setting(
+        os.cpu_count() or 1, "size of the process pool; by default the number of cores",
+        "a whole number from 1 to 1000", lambda value: _whole(value, 1_000))
+    prefetch: int = _setting(
+        None, "messages held at once; by default 2 x (threads + processes)",
+        "a whole number from 1 to 65535", lambda value: _whole(value, 65_535))
     task_timeout: float | None = _setting(
-        None, "seconds that a task may take that sets no limit",
-        "a number of seconds above 0",
-        lambda value: value is None or _is_span(value) and value > 0, float)
+        None, "seconds, for tasks that set no limit", "a number of seconds above 0",
+        lambda value: _good(float(value), 0 < float(value) < 1e9))
     grace: float = _setting(
-        30.0, "seconds that a stop waits for what runs",
-        "a number of seconds, at least 0", _is_span, float)
+        30.0, "seconds that a stop waits for what runs", "a number of seconds from 0",
+        lambda value: _good(float(value), 0 <= float(value) < 1e9))
     log_level: str = _setting(
-        "INFO", "DEBUG has a line for each job",
-        "DEBUG, INFO, WARNING, ERROR or CRITICAL",
-        lambda value: value in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
-        str.upper)
+        "INFO", "DEBUG has a line for each job", "one of " + ", ".join(LEVELS),
+        lambda value: _good(value.upper(), value.upper() in LEVELS))
     trace: str = _setting(
         "", "file for a timeline of the run, to be opened in Perfetto",
-        "a file that can be written", _is_writable)
+        "a file that can be written", lambda value: _good(value, not os.path.isdir(
+            value) and os.access(os.path.dirname(value) or ".", os.W_OK)))
 
     @property
     def urls(self) -> list[str]:
@@ -1124,22 +1205,25 @@ class OliveAppConfig:
 
     @property
     def counts_returns(self) -> bool:
-        """Whether the queue is a quorum queue, which counts how often messages return."""
+        """Whether the queue is a quorum queue, which counts what comes back."""
         return self.queue_arguments.get("x-queue-type") == "quorum"
 
     def __post_init__(self) -> None:
+        """Have each value read. Text is read, too, as from a variable."""
         for setting in fields(self):
-            value, must = getattr(self, setting.name), setting.metadata["must"]
+            value = getattr(self, setting.name)
+            if value is None and setting.default is None:
+                continue
             try:
-                good = setting.metadata["is_good"](value)
+                value = setting.metadata["read"](value)
             except Exception:           # its text may hold the password
-                good = False
-            if not good:
                 shown = "" if setting.name == "url" else f", not {value!r:.100}"
-                raise ValueError(f"OLIVE_{setting.name.upper()}: must be {must}{shown}")
+                raise ValueError(f"OLIVE_{setting.name.upper()}: must be "
+                                 f"{setting.metadata['must']}{shown}") from None
+            object.__setattr__(self, setting.name, value)   # the class is frozen
         if self.dead_queue == self.queue:
             raise ValueError("OLIVE_DEAD_QUEUE: must not be OLIVE_QUEUE")
-        if self.prefetch is None:       # in this way, since the class is frozen
+        if self.prefetch is None:
             object.__setattr__(self, "prefetch", 2 * (self.threads + self.processes))
 
     @classmethod
@@ -1148,18 +1232,14 @@ class OliveAppConfig:
 
         A value that makes no sense: one line on stderr, exit status 2.
         """
-        given = {name: text.strip() for name, text in environ.items()
-                 if name.startswith("OLIVE_") and text.strip()}
+        known = {"OLIVE_" + setting.name.upper(): setting.name
+                 for setting in fields(cls)}
         values = {}
-        for setting in fields(cls):
-            text = given.pop("OLIVE_" + setting.name.upper(), None)
-            if text is not None:
-                try:
-                    values[setting.name] = setting.metadata["read"](text)
-                except (ValueError, RecursionError):
-                    values[setting.name] = text     # the check says what it must be
-        for name in given:
-            print(f"olive: unknown setting {name} (ignored)", file=sys.stderr)
+        for variable, text in environ.items():
+            if variable in known and text.strip():
+                values[known[variable]] = text.strip()
+            elif variable.startswith("OLIVE_") and text.strip():
+                print(f"olive: unknown setting {variable} (ignored)", file=sys.stderr)
         try:
             return cls(**values)
         except ValueError as exc:
