@@ -370,19 +370,22 @@ class OliveOly:
     async def _bury(self, job: Job, request: Request | None, outcome: Outcome) -> None:
         """Put a message into the dead queue with the reason, and tell its sender."""
         reason, _, error = outcome
-        log.warning("%s is dead (%s): %s: %s", job.name, reason, error.kind,
-                    _shown(error.text))
         reply = _error_answer(request and request.id, "FAILURE", error)
         # Of what came back so often, even the reply may be what kills us.
-        await self._move(job, "", self.config.dead_queue,
-                         None if reason == "returned" else reply, **{
-                             "x-olive-reason": reason,
-                             "x-olive-error": f"{error.kind}: {error.text}"[:MAX_ERROR],
-                             "x-olive-traceback": error.traceback})
+        if reason == "returned":
+            reply = None
+        is_dead = await self._move(job, "", self.config.dead_queue, reply, **{
+            "x-olive-reason": reason,
+            "x-olive-error": f"{error.kind}: {error.text}"[:MAX_ERROR],
+            "x-olive-traceback": error.traceback})
+        if is_dead:                     # else its message is somebody else's now
+            log.warning("%s is dead (%s): %s: %s", job.name, reason, error.kind,
+                        _shown(error.text))
 
     async def _move(self, job: Job, exchange: str, key: str, reply: bytes | None = None,
-                    **changes: Any) -> None:
+                    **changes: Any) -> bool:
         """Publish a copy of a message, some headers changed; then settle the message.
+        False if nothing was published, since the message is not in hand.
 
         The message is acknowledged when the broker has confirmed the copy, and not
         before. So at every moment the broker has one of the two, and sometimes both.
@@ -391,9 +394,10 @@ class OliveOly:
         if job.isolated:
             changes["x-olive-isolated"] = True      # the copy's own count begins at 0
         properties = republished(job.properties, **changes)
-        if await self._publish(job, exchange, key, properties):
-            if await self._has_message(job):
-                await self._settle(job, reply)
+        is_published = await self._publish(job, exchange, key, properties)
+        if is_published and await self._has_message(job):
+            await self._settle(job, reply)
+        return is_published
 
     async def _publish(self, job: Job, exchange: str, key: str,
                        properties: pika.BasicProperties) -> bool:
@@ -517,7 +521,8 @@ class OliveOly:
         """The connection is back: what runs, or is done, expects its message."""
         for job in self._in_hand:
             if job.channel is not None and job.channel.closed is not None:
-                self._expected[job.key] = job
+                if self._expected.setdefault(job.key, job) is not job:
+                    job.channel = None      # two the same: one of them can be told
 
     async def _give_up(self, jobs: list[Job]) -> None:
         """Expect the messages of these jobs no longer."""

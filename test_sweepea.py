@@ -4140,7 +4140,8 @@ def test_cut_in_the_middle_of_a_frame(broker, relay, tmp_path):
             relay.cut_after = odd
             app.wait_for("reconnected", count=n)
         tally = drill.finish(app, replies=800)
-    assert tally["twice"] == 0, tally
+    # What was acknowledged just then is done again, a window at most each time.
+    assert tally["twice"] <= 3 * OliveAppConfig().prefetch, tally
 
 
 def test_a_black_hole(broker, relay, tmp_path):
