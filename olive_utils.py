@@ -6,8 +6,6 @@
 Each of their calls opens a connection of its own, which takes some milliseconds. A
 program that sends often keeps a `Sender` open on a kernel instead.
 
-The file has three parts:
-
     1. The sender           one message, many messages, the dead queue, the command
     2. The demo             an app and its sender in one program
     3. The private broker   a real RabbitMQ, for the demo and the tests
@@ -19,7 +17,6 @@ import argparse
 import json
 import logging
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -76,7 +73,7 @@ class Sender:
     """A connection that sends messages. Made by `await Sender.open(config)`.
 
     What the app answers comes into the Queue `replies`, as pairs (id, reply), in the
-    order in which the jobs are ran.
+    order in which the jobs are done.
     """
 
     @classmethod
@@ -103,8 +100,9 @@ class Sender:
                    reply_to=REPLY_TO) -> str:
         """Send a message and return its id; parameters and errors as in `send_task`.
 
-        ident: the id to give to it (default: a new one). reply_to: the queue to which
-        the app shall reply (default: the reply comes into `replies`; None: no reply).
+        ident: the id of the message (default: a new one). reply_to: the queue to which
+        the app shall reply; by default the reply comes into `replies`, and for None
+        there is no reply.
         """
         ident = ident or str(uuid.uuid4())
         # AMQP has floating-point numbers, but pika cuts off what is behind the point.
@@ -127,9 +125,9 @@ class Sender:
     async def call(self, timeout: float | None, *args, **options):
         """Send a message, wait for the result of its job and return that.
 
-        Parameters and errors as in `call_task`. One call at a time: two would take each
-        other's replies. A Sender whose call has timed out is to be closed for the same
-        reason, for the reply may still come.
+        Parameters and errors as in `call_task`. A Sender can do one call at a time,
+        since two would take each other's replies; and none after a call that timed out,
+        since the reply to that may still come.
         """
         async with sweepea.ignore_after(timeout):
             await self.send(*args, **options)
@@ -145,18 +143,10 @@ class Sender:
 
 
 def _moment(when: datetime | float | None) -> str | None:
-    """A deadline as Celery writes it; a number counts the seconds from now."""
+    """A point in time as Celery writes it; a number counts the seconds from now."""
     if isinstance(when, (int, float)):
         when = datetime.now(timezone.utc) + timedelta(seconds=when)
     return None if when is None else when.isoformat()
-
-
-async def _next(queue: sweepea.Queue, timeout: float, what: str):
-    """Take the next item of a queue; if none comes in time, say so and leave with 3."""
-    async with sweepea.ignore_after(timeout):
-        return await queue.get()
-    print(f"no {what} within {timeout:g} s", file=sys.stderr)
-    raise SystemExit(3)
 
 
 async def _with_sender(config: OliveAppConfig, work, *args):
@@ -197,18 +187,18 @@ def call_task(name, args=(), kwargs=None, *, timeout: float | None = 30, **optio
 
 # -- many messages ---------------------------------------------------------------------
 #
-# Three kinds of tasks work together, and what is said between them is this:
+# _send_all spawns a task for each message, _send_one. Meanwhile _send_many takes what
+# comes into the Queue `replies`. The ids of unanswered messages are in `sent_at`.
 #
-#     _send_all --spawns--> _send_one, _send_one, ...       the messages go out
-#                              |  sent_at: {id: clock}
-#                              v
-#     _send_many <-- replies: (id, reply or error) --       what became of them
+#     (id, None)      the message is confirmed        put there by _send_one
+#     (id, error)     the message cannot be sent      put there by _send_one
+#     (id, reply)     the app has answered            put there by the Sender
 
 async def _send_all(sender: Sender, options, sent_at: dict[str, float]) -> None:
     # This is the pattern of a limit. A permit is acquired here, by the task that makes
-    # the others, and released there, by each of these when it is ran. So never more
+    # the others, and released there, by each of these when it is done. So never more
     # than 500 messages wait for their confirms, whatever --count is, and the next one
-    # goes out as soon as any of them is ran.
+    # goes out as soon as any of them is done.
     limit = sweepea.Semaphore(500)
     for _ in range(options.count):
         await limit.acquire()
@@ -218,18 +208,26 @@ async def _send_all(sender: Sender, options, sent_at: dict[str, float]) -> None:
 async def _send_one(sender: Sender, options, sent_at: dict, limit) -> None:
     ident = str(uuid.uuid4())
     sent_at[ident] = time.monotonic()
-    # Where no reply is wanted, the confirm stands in for one.
+    # Where no reply is wanted, the confirm stands in for it.
     reply = {"status": "SUCCESS"} if options.no_wait else None
     try:
         await sender.send(
             options.task, options.args, options.kwargs, countdown=options.countdown,
             expires=options.expires, time_limit=options.time_limit, ident=ident,
             priority=options.priority, reply_to=None if options.no_wait else REPLY_TO)
-    except pika.exceptions.AMQPError as exc:
+    except Exception as exc:
         # Nobody awaits this task, so an error goes the way that the replies go.
         reply = exc
     await sender.replies.put((ident, reply))
     await limit.release()
+
+
+async def _next(queue: sweepea.Queue, timeout: float, what: str):
+    """Take the next item of a Queue; if none comes in time, end with exit status 3."""
+    async with sweepea.ignore_after(timeout):
+        return await queue.get()
+    print(f"no {what} within {timeout:g} s", file=sys.stderr)
+    raise SystemExit(3)
 
 
 async def _send_many(sender: Sender, options: argparse.Namespace) -> int:
@@ -238,7 +236,7 @@ async def _send_many(sender: Sender, options: argparse.Namespace) -> int:
     await sweepea.spawn(_send_all, sender, options, sent_at, daemon=True)
     while len(latencies) < options.count:
         ident, reply = await _next(sender.replies, options.timeout, "answer")
-        if isinstance(reply, pika.exceptions.AMQPError):
+        if isinstance(reply, Exception):
             raise reply
         # At-least-once means that a job may run twice, and then it answers twice.
         if reply is None or ident not in sent_at:
@@ -249,8 +247,7 @@ async def _send_many(sender: Sender, options: argparse.Namespace) -> int:
             print(ident if options.no_wait else json.dumps(reply["result"]), flush=True)
         else:
             failed += 1
-            error = TaskFailed(reply)
-            print(error.traceback.strip() or error, file=sys.stderr)
+            print(str(reply["traceback"] or TaskFailed(reply)).strip(), file=sys.stderr)
     if options.count > 1:
         count, seconds = options.count, time.monotonic() - began
         latencies.sort()
@@ -262,15 +259,15 @@ async def _send_many(sender: Sender, options: argparse.Namespace) -> int:
 
 # -- the dead queue --------------------------------------------------------------------
 
-async def _dead_letters(sender: Sender, options: argparse.Namespace) -> int:
+async def _dead_letters(sender: Sender, options: argparse.Namespace) -> None:
     """List the dead queue, or send back to work what lies in it now."""
     queue, channel = sender.config.dead_queue, await sender.connection.channel()
     declared = await channel.call("queue_declare", queue, passive=True)
     count, letters = declared.method.message_count, sweepea.Queue()
     # What is listed is not acknowledged: the broker takes it back when the channel
-    # closes. So the window has to hold the whole queue. 65,535 is the most that one
-    # consumer can ask for, hence a longer queue has several of them. (To ask for no
-    # limit is no way out: a quorum queue then stops at 2,000.)
+    # closes. So the window has to hold the whole queue. One consumer can ask for 65,535
+    # messages at most, hence a longer queue has several consumers. To ask for no limit
+    # is no way out, because a quorum queue then stops at 2,000.
     await channel.call("basic_qos", prefetch_count=min(count, 65_535))
     for _ in range(0, count, 65_535):
         await channel.call("basic_consume", queue, lambda *delivery:
@@ -279,7 +276,7 @@ async def _dead_letters(sender: Sender, options: argparse.Namespace) -> int:
         _, method, properties, body = await _next(letters, options.timeout, "message")
         headers = properties.headers or {}
         if options.replay:
-            # It goes back as if it had never been tried.
+            # The message goes back as if it had never been tried.
             properties.headers = {name: headers[name] for name in headers
                                   if not str(name).startswith("x-olive-")}
             await sender.publish(body, republished(properties, retries=0))
@@ -320,7 +317,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line; what makes no sense ends the program with status 2."""
     parser = argparse.ArgumentParser(prog="olive_utils.py", description=main.__doc__)
     option, seconds = parser.add_argument, {"type": _seconds, "metavar": "SECONDS"}
-    option("task", nargs="?", metavar="TASK", help="its name (without one: add 2 3)")
+    option("task", nargs="?", metavar="TASK", help="its name (without TASK: add 2 3)")
     option("args", nargs="*", type=_argument, metavar="[name=]ARG", help="JSON or text")
     option("--count", type=int, default=1, metavar="N", help="send it N times")
     option("--no-wait", action="store_true", help="print the id and do not wait")
@@ -372,8 +369,8 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:
-        # `| head` has read enough. At its end Python would try once more to write what
-        # is left, and complain; so what is left goes nowhere.
+        # `| head` has read enough. An orderly end of the program would try once more to
+        # write what is left, and complain.
         os._exit(1)
 
 
@@ -385,7 +382,7 @@ def demo(config: OliveAppConfig) -> None:
     """Run the app, send it a handful of messages, print what comes back.
 
     config: the settings of the app. If no broker answers at its URL, a private one is
-    started; then it raises BrokerError if that is not possible.
+    started. Raises BrokerError if that fails.
     """
     async def show_all() -> None:
         # Before the app has declared its queue there is nothing that takes a message.
@@ -422,10 +419,12 @@ async def _show(sender: Sender, name: str, args: list, countdown=None) -> None:
 # 3. The private broker
 #
 # THE TASK QUEUE CAN BE UNDERSTOOD WITHOUT THIS PART. It starts a real RabbitMQ for the
-# demo and the tests, with ports, a folder and a name server of its own, and is about
-# the one promise that is hard to keep: nothing of all that is left behind, however the
-# program ends. A program that is killed by SIGKILL cannot tidy up after itself, so each
-# program that is started here has a watcher, which waits for the end of a pipe:
+# demo and the tests, and epmd, the name server of Erlang, in which RabbitMQ is written:
+# a node registers its name there, and rabbitmqctl and other nodes find it.
+#
+# One promise is hard to keep: nothing of all that is left behind, however the program
+# ends. After a SIGKILL it cannot tidy up any more. So each program that is started here
+# has a watcher beside it, which waits for the end of a pipe:
 #
 #     this program                     one process group for each program started
 #     +------------+                   +----------------------------------------+
@@ -434,34 +433,32 @@ async def _show(sender: Sender, name: str, args: list, countdown=None) -> None:
 #                                      +----------------------------------------+
 #     ends, in whatever way:           the watcher's `read` ends as well; it kills
 #     the system closes the pipe       the program beside it and removes the folder
-#
-# epmd is the name server of Erlang, in which RabbitMQ is written: a node registers its
-# name and port there, and rabbitmqctl and the other nodes of a cluster find it so.
 # =====================================================================================
 
 # A shell runs this text as  sh -c TEXT FOLDER PROGRAM, so that $0 is the folder and $1
-# the program. The pipe is the standard input.
+# the program. The pipe is the shell's standard input.
 _WATCHED = "\n".join([
-    # RabbitMQ stalls when it runs out of descriptors, and often no more than 1,024
-    # files may be open unless one asks for more. Where asking fails it stays as it is.
-    'ulimit -n "$(ulimit -H -n)" 2>/dev/null',
-    # The pipe moves to number 3, as a shell takes the standard input away from what it
-    # puts into the background; and the program itself gets an empty input.
-    "exec 3<&0 </dev/null",
+    # A shell takes the standard input away from what it puts into the background. So
+    # the pipe moves to number 3. The input is empty then, and the output goes to a log.
+    'exec 3<&0 </dev/null >"$1.log" 2>&1',
     # The watcher is a copy of this shell in the background. It is there before the
     # program is, so that there is no moment in which nobody watches. Nobody ever writes
-    # into the pipe, so it waits here until the pipe ends.
+    # into the pipe: the `read` ends when the pipe does.
     "(read -r _ <&3",
-    # $$ is the number of the first shell, not of this copy; the program below has it
-    # then. It cannot have gone to a stranger: it is also the number of the process
-    # group, and as long as the watcher is a member, the system does not use it again.
+    # $$ is the number of the first shell, not of this copy, and by now the program's.
+    # The number cannot have gone to a stranger: it is also that of the process group,
+    # and the system does not use it again while the watcher is a member.
     "kill -9 $$",
-    # The watcher is the last one who needs the folder. It lets go of the output, so
-    # that nobody who reads that waits for the watcher.
-    'rm -rf "$0") >/dev/null 2>&1 &',
-    # The program takes the place of the first shell, and with it the number $$. So it
-    # is a child of ours, to be signalled and waited for. It has no use for the pipe.
-    'exec "$1" 3<&- >"$1.log" 2>&1'])
+    # Whoever comes last removes the folder, since the program can write there no more.
+    'rm -rf "$0") &',
+    # RabbitMQ stalls when it runs out of descriptors, and often no more than 1,024
+    # files may be open unless one asks for more. Where asking fails it stays as it is.
+    'ulimit -n "$(ulimit -H -n)"',
+    # The log has the advice that fits; on Debian the package is called as the program.
+    'command -v "$1" || echo "[error] not installed: apt-get install $1"',
+    # The program takes the place of the first shell, and with it the number $$. So the
+    # program is a child of ours, to be signalled and waited for. It needs no pipe.
+    'exec "$1" 3<&-'])
 
 
 class BrokerError(Exception):
@@ -469,6 +466,7 @@ class BrokerError(Exception):
 
 
 def _is_free(port: int) -> bool:
+    """Whether nobody listens on this port of the loopback interface."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) != 0
 
@@ -484,61 +482,64 @@ class PrivateBroker:
     """One RabbitMQ node on loopback; made by `private_broker()`.
 
     url, port: where it serves AMQP. node: its Erlang name, for a cluster. folder: where
-    it keeps everything. log: the file of its log. process: its Popen; None when it is
-    down.
+    it keeps everything. log: the log since its last start. process: its Popen; None
+    while it is down.
     """
 
     def __init__(self, folder, port, peer, config) -> None:
         if port and not _is_free(port):
             raise BrokerError(f"port {port} is in use: stop its owner or take another")
-        # These ports are below those that the system gives to clients. Otherwise a
-        # client that keeps trying to reach a killed broker could be given the broker's
-        # own port, connect to itself, and so keep the port from the next start().
-        free = filter(_is_free, random.Random().sample(range(20_000, 32_000), 1000))
+        # The search begins at random, below the ports that the system gives to clients.
+        # If the port were one of these, a client that keeps trying to reach a killed
+        # broker could be given this very port, connect to itself, and so keep it from
+        # the next start().
+        free = filter(_is_free, range(20_000 + uuid.uuid4().int % 10_000, 32_000))
         self.port = port or next(free)
         self.url = f"amqp://guest:guest@127.0.0.1:{self.port}/%2F"
         self.node = f"olive-{os.getpid()}-{self.port}@localhost"
         self.folder, self.log = folder, folder / "rabbitmq-server.log"
         self.process: subprocess.Popen | None = None
-        (folder / "own.conf").write_text(f"listeners.tcp.1 = 127.0.0.1:{self.port}\n{config}\n")
-        # Nothing is inherited, since it could be meant for another broker. RabbitMQ
-        # would look for several files in /etc, so each is named; most do not exist. A
-        # log that goes to stdout (-) has in it also what goes wrong before RabbitMQ can
-        # open a file. Port 0 is any that is free. An epmd that a node started by itself
-        # would be a daemon, and outlive it. Under systemd the script becomes the node,
-        # and there is no process between. The nodes of a cluster share one epmd, and
-        # one home, for there lies the cookie, the password by which Erlang's nodes
-        # trust each other; Erlang makes one where there is none. The folders of
-        # RabbitMQ's packages come before PATH, as what Debian has there is a wrapper
-        # that changes the user and the folder.
+        config = f"listeners.tcp.1 = 127.0.0.1:{self.port}\n{config}\n"
+        (folder / "own.conf").write_text(config)
+        # The environment is made from nothing: ours may be meant for another broker.
         self._env = dict(
+            # RabbitMQ's own scripts come first: what Debian has in PATH are wrappers
+            # that change the user and the folder.
             PATH=f"/usr/lib/rabbitmq/bin:{os.environ['PATH']}", LC_ALL="C.UTF-8",
+            # An epmd that a node started by itself would be a daemon, and outlive it.
             ERL_AFLAGS="-start_epmd false -kernel inet_dist_use_interface {127,0,0,1}",
+            # The nodes of a cluster share an epmd. They share a home, too, for Erlang
+            # keeps the cookie there, the password by which its nodes trust each other.
             ERL_EPMD_PORT=peer._env["ERL_EPMD_PORT"] if peer else str(next(free)),
             ERL_EPMD_ADDRESS="127.0.0.1", HOME=peer._env["HOME"] if peer else folder,
             RABBITMQ_NODENAME=self.node, RABBITMQ_DIST_PORT=str(next(free)),
-            RABBITMQ_LOGS="-", RABBITMQ_LOG_BASE=".", RABBITMQ_MNESIA_BASE=".",
+            # All is in the folder, where the node runs. A log that goes to the output
+            # (-) has in it also what goes wrong before RabbitMQ can open a file.
+            RABBITMQ_LOGS="-", RABBITMQ_LOG_BASE=".", RABBITMQ_MNESIA_BASE=folder,
+            # RabbitMQ would look for these in /etc, so each is named; only one exists.
             RABBITMQ_CONFIG_FILE="own.conf", RABBITMQ_CONFIG_FILES="none",
             RABBITMQ_ADVANCED_CONFIG_FILE="none", RABBITMQ_CONF_ENV_FILE="none",
+            # Under systemd the script becomes the node: there is no process between.
             RABBITMQ_ENABLED_PLUGINS_FILE="none", RUNNING_UNDER_SYSTEMD="1")
         # Where a peer has an epmd already, this one finds its port taken and leaves.
         # Its watcher stays, and looks after the folder also while the node is down.
         self._epmd = self._spawn("epmd")
 
     def _spawn(self, program: str) -> subprocess.Popen:
-        # In a session of its own, since Ctrl-C at the terminal is meant for us alone.
+        # The program has a session of its own: Ctrl-C at the terminal is for us alone.
         return subprocess.Popen(
             ["sh", "-c", _WATCHED, self.folder, program], stdin=subprocess.PIPE,
             env=self._env, cwd=self.folder, start_new_session=True)
 
     def start(self) -> None:
-        """Start the node, for the first time or again, and wait until it serves AMQP.
+        """Start the node, for the first time or anew, and wait until it serves AMQP.
 
-        Raises BrokerError, with the end of its log, if it does not within 60 s.
+        Raises BrokerError, with what its log says, if it does not within 60 s.
         """
         self.kill()     # A node that died by itself has left its watcher.
         self.process, deadline = self._spawn("rabbitmq-server"), time.monotonic() + 60
         while self.process.poll() is None and time.monotonic() < deadline:
+            # RabbitMQ opens its port when it is ready, as the last thing.
             if not _is_free(self.port):
                 return
             time.sleep(0.05)
@@ -561,7 +562,7 @@ class PrivateBroker:
     def ctl(self, *args: str) -> str:
         """Run rabbitmqctl against this node and return what it prints.
 
-        Raises BrokerError, with what it says, if it fails.
+        Raises BrokerError, with what rabbitmqctl says, if it fails.
         """
         ran = subprocess.run(["rabbitmqctl", "-q", *args], cwd=self.folder, timeout=120,
                              env=self._env, capture_output=True, text=True)
