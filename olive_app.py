@@ -623,7 +623,7 @@ class OliveOly:
         await spawn(self._obey, queue)
         link = await spawn(self._stay_connected)
         for corofunc in background:
-            await spawn(corofunc)
+            await spawn(self._beside, corofunc)
         await self._stop.wait()
 
         log.info("stopping: %d in hand", len(self._in_hand))
@@ -632,6 +632,11 @@ class OliveOly:
             if job.channel is not None:
                 log.warning("given back, as it did not end in time: %s", job.name)
         await link.cancel()
+
+    async def _beside(self, corofunc: Callable) -> None:
+        # Not before there is a queue for what the function may want to send.
+        await self._link.up.wait()
+        await corofunc()
 
     async def _stay_connected(self) -> None:
         try:
@@ -896,8 +901,12 @@ async def _perform(name: str, ident: str, body: bytes, on_kernel: bool) -> Outco
         if on_kernel and isinstance(exc, CancelledError) and (
                 await current_task()).cancelled:
             raise                   # the app wanted the end, not the task
-        # The first frame of the traceback is the one above; the next is the task's.
-        return _failure("failed", exc.with_traceback(exc.__traceback__.tb_next))
+        # The first frame of the traceback is the one above; the next is the task's. If
+        # there is none, the arguments do not fit, and will not do so next time.
+        frames = exc.__traceback__.tb_next
+        is_misfit = isinstance(exc, TypeError) and frames is None
+        return _failure("malformed" if is_misfit else "failed",
+                        exc.with_traceback(frames))
     return _success(ident, result)
 
 

@@ -100,9 +100,8 @@ class Sender:
                    reply_to=REPLY_TO) -> str:
         """Send a message and return its id; parameters and errors as in `send_task`.
 
-        ident: the id of the message (default: a new one). reply_to: the queue to which
-        the app shall reply; by default the reply comes into `replies`, and for None
-        there is no reply.
+        ident: the id of the message (default: a new one). reply_to: where the app shall
+        reply to (default: into `replies`); None is for no reply.
         """
         ident = ident or str(uuid.uuid4())
         # AMQP has floating-point numbers, but pika cuts off what is behind the point.
@@ -202,7 +201,7 @@ async def _send_all(sender: Sender, options, sent_at: dict[str, float]) -> None:
     limit = sweepea.Semaphore(500)
     for _ in range(options.count):
         await limit.acquire()
-        await sweepea.spawn(_send_one, sender, options, sent_at, limit, daemon=True)
+        await sweepea.spawn(_send_one, sender, options, sent_at, limit)
 
 
 async def _send_one(sender: Sender, options, sent_at: dict, limit) -> None:
@@ -233,7 +232,8 @@ async def _next(queue: sweepea.Queue, timeout: float, what: str):
 async def _send_many(sender: Sender, options: argparse.Namespace) -> int:
     """Send the messages, print what comes back as it comes; return the exit status."""
     began, sent_at, latencies, failed = time.monotonic(), {}, [], 0
-    await sweepea.spawn(_send_all, sender, options, sent_at, daemon=True)
+    said = began
+    await sweepea.spawn(_send_all, sender, options, sent_at)
     while len(latencies) < options.count:
         ident, reply = await _next(sender.replies, options.timeout, "answer")
         if isinstance(reply, Exception):
@@ -248,6 +248,10 @@ async def _send_many(sender: Sender, options: argparse.Namespace) -> int:
         else:
             failed += 1
             print(str(reply["traceback"] or TaskFailed(reply)).strip(), file=sys.stderr)
+        if options.count > 1 and time.monotonic() - said > 0.2:
+            said = time.monotonic()
+            print(f"{len(latencies)} of {options.count}", file=sys.stderr,
+                  end="\r" if sys.stderr.isatty() else "\n")
     if options.count > 1:
         count, seconds = options.count, time.monotonic() - began
         latencies.sort()
@@ -292,14 +296,11 @@ async def _dead_letters(sender: Sender, options: argparse.Namespace) -> None:
 # -- the command -----------------------------------------------------------------------
 
 def _argument(text: str) -> tuple:
-    """Read `value` or `name=value` as (name or None, value).
-
-    The value is JSON if it reads as JSON, else it is the text as it stands.
-    """
+    """Read `value` or `name=value` as (name or None, value)."""
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         name, value = None, text
-    with suppress(ValueError, RecursionError):
+    with suppress(ValueError, RecursionError):      # What is not JSON stays a text.
         # Python reads NaN and 1e999 as numbers, but JSON has no such numbers.
         json.dumps(json.loads(value), allow_nan=False)
         value = json.loads(value)
@@ -369,8 +370,7 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:
-        # `| head` has read enough. An orderly end of the program would try once more to
-        # write what is left, and complain.
+        # `| head` has read enough. An orderly end would try again to write the rest.
         os._exit(1)
 
 
@@ -449,12 +449,13 @@ _WATCHED = "\n".join([
     # The number cannot have gone to a stranger: it is also that of the process group,
     # and the system does not use it again while the watcher is a member.
     "kill -9 $$",
-    # Whoever comes last removes the folder, since the program can write there no more.
+    # Now nobody writes into the folder any more.
     'rm -rf "$0") &',
     # RabbitMQ stalls when it runs out of descriptors, and often no more than 1,024
-    # files may be open unless one asks for more. Where asking fails it stays as it is.
-    'ulimit -n "$(ulimit -H -n)"',
-    # The log has the advice that fits; on Debian the package is called as the program.
+    # files may be open unless one asks for more. (Not for all that one can get: in some
+    # containers that is a billion, and Erlang would make a table of that size.)
+    'ulimit -n 65536 || ulimit -n "$(ulimit -H -n)"',
+    # For Debian, where the package has the same name as the program.
     'command -v "$1" || echo "[error] not installed: apt-get install $1"',
     # The program takes the place of the first shell, and with it the number $$. So the
     # program is a child of ours, to be signalled and waited for. It needs no pipe.
@@ -490,9 +491,8 @@ class PrivateBroker:
         if port and not _is_free(port):
             raise BrokerError(f"port {port} is in use: stop its owner or take another")
         # The search begins at random, below the ports that the system gives to clients.
-        # If the port were one of these, a client that keeps trying to reach a killed
-        # broker could be given this very port, connect to itself, and so keep it from
-        # the next start().
+        # A client that keeps trying to reach a killed broker could else be given the
+        # broker's own port, connect to itself, and so keep the port from start().
         free = filter(_is_free, range(20_000 + uuid.uuid4().int % 10_000, 32_000))
         self.port = port or next(free)
         self.url = f"amqp://guest:guest@127.0.0.1:{self.port}/%2F"
@@ -536,6 +536,8 @@ class PrivateBroker:
 
         Raises BrokerError, with what its log says, if it does not within 60 s.
         """
+        if self.process and self.process.poll() is None:
+            return
         self.kill()     # A node that died by itself has left its watcher.
         self.process, deadline = self._spawn("rabbitmq-server"), time.monotonic() + 60
         while self.process.poll() is None and time.monotonic() < deadline:
@@ -555,8 +557,9 @@ class PrivateBroker:
         self.process = None
 
     def stop(self) -> None:
-        """Stop the node in good order. Raises BrokerError if it is not up."""
-        self.ctl("stop_app")
+        """Stop the node in good order; its data stay for start()."""
+        if self.process and self.process.poll() is None:
+            self.ctl("stop_app")
         self.kill()
 
     def ctl(self, *args: str) -> str:

@@ -2782,6 +2782,15 @@ def test_long_texts_are_cut(live, name):
     assert len(trace) == 16_000 and trace.endswith("xend\n")
 
 
+@pytest.mark.parametrize("args", [[], ["path"], ["path", 1, "too many"]])
+def test_arguments_that_do_not_fit_are_not_tried_again(live, args):
+    ident = live.send("flaky", args, {"wrong": 1} if len(args) == 1 else None)
+    reply = live.reply()
+    assert reply["task_id"] == ident and reply["result"]["exc_type"] == "TypeError"
+    assert "flaky()" in reply["result"]["exc_message"][0]
+    assert "retries" not in buried(live, "malformed")[1]
+
+
 @pytest.mark.parametrize("name, timelimit, limit", [
     ("in_thread", [Decimal("0.3"), None], "0.3"), ("in_thread", [1, 0], "1"),
     ("in_process", [None, Decimal("0.3")], "0.3"), ("in_coroutine", [1, 2], "1"),
@@ -3913,8 +3922,9 @@ def test_connections_closed_by_the_broker(victim, tmp_path):
             victim.ctl("close_all_connections", "a drill")
             app.wait_for("reconnected", count=n)
         tally = drill.finish(app, replies=1000)
-        # nothing that was in hand was begun again: all deliveries are expected back
-        assert tally["twice"] == 0, tally
+        # What was in hand goes on, and is not begun again. Only what was acknowledged
+        # in the very moment of the loss is.
+        assert tally["twice"] <= 2 * OliveAppConfig().prefetch / 4, tally
 
 
 def test_a_copy_that_comes_back_is_not_taken_for_its_original(victim):
@@ -3985,7 +3995,7 @@ def test_ten_restarts_bury_nobody(broker, tmp_path):
     drill = Drill(broker.url, tmp_path, "r" + uuid.uuid4().hex[:8], OLIVE_GRACE="5")
     drill.send([("work", i, 0.05) for i in range(800)])
     for n in range(1, 6):
-        with running(drill.environ, ready=None) as app:
+        with running(drill.environ) as app:
             wait_until(lambda: len(drill.marks("done")) >= 50 * n)
             app.signal()
             assert app.wait() == 0
@@ -4590,10 +4600,13 @@ def authority(tmp_path_factory):
 
     for name in "ca", "other":
         openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
-                "-keyout", f"{name}.key", "-out", f"{name}.pem", "-subj", f"/CN={name}")
+                "-keyout", f"{name}.key", "-out", f"{name}.pem", "-subj", f"/CN={name}",
+                # Python 3.13 takes no authority that does not say what it is for.
+                "-addext", "keyUsage=critical,keyCertSign,cRLSign")
     openssl("req", "-newkey", "rsa:2048", "-nodes", "-keyout", "server.key", "-out",
             "server.csr", "-subj", "/CN=localhost")
-    (folder / "san").write_text("subjectAltName=DNS:localhost\n")
+    (folder / "san").write_text("subjectAltName=DNS:localhost\n"
+                                "authorityKeyIdentifier=keyid\n")
     openssl("x509", "-req", "-in", "server.csr", "-CA", "ca.pem", "-CAkey", "ca.key",
             "-CAcreateserial", "-days", "2", "-extfile", "san", "-out", "server.pem")
     return folder
