@@ -61,8 +61,8 @@ from sweepea import (
 
 log = logging.getLogger("olive")
 
-ISOLATED, GIVEN_UP = 5, 15      # how often a message came back; see "that kills us"
-PATIENCE = 180.0                # seconds that a job waits for its message to come back
+ISOLATED, BURIED = 5, 15    # times that a message came back: "a message that kills us"
+PATIENCE = 180.0            # seconds that a job waits for its message to come back
 
 
 # =====================================================================================
@@ -115,7 +115,7 @@ def task(name: str | Callable | None = None, worker: str | None = None,
     return register
 
 
-@functools.cache            # for a second time they would be names that are taken
+@functools.cache            # a second registration would be an error
 def demo_tasks() -> None:
     """Register the five demo tasks; "olive_app" in OLIVE_TASKS stands for these.
 
@@ -171,21 +171,30 @@ def load_tasks(modules: tuple[str, ...]) -> None:
 #     after it, before the reply       to somebody else      runs again    gets a reply
 #     after the reply                  to somebody else      runs again    gets two
 #     after the acknowledgement        is gone               ran once      has a reply
+#
+# Some words have one meaning each below. A message is *settled* when it is acknowledged
+# after the reply, or after a copy was confirmed. To *bury* a message is to settle it by
+# a copy in the dead queue. A job that has not begun can be *let go*: nobody here will
+# settle its message; at a stop the message is also *given back*, by a nack. To *give
+# up* a message is to await it no longer.
 # =====================================================================================
 
 class Job:
     """A message in hand and what it asks for, from delivery until it is settled.
 
-    Four fields change. `channel` and `tag` are the delivery; the channel is None once
-    the job is let go, so that nobody settles its message any more. `begun` is set as
-    soon as anything is done that a second time would do again; `call` is the job's way
-    through a thread, which knows for itself whether it has begun.
+    After the start four fields change. `channel` and `tag` are the delivery; the
+    channel is None once the job is let go. `begun` is set as soon as anything is done
+    that a second time would do again; `call` is the job's way through a thread, which
+    knows for itself whether it has begun.
 
-        channel open       waits -----> runs -----> done -----> settled
-                             |            |           |            ^
-        channel closed    let go        runs ---> expected --------+ the message is
-                                                      |              delivered again
-                                                   let go, after PATIENCE or at a stop
+        channel open       waits -----> runs -----> done ------> settled
+                             |            |           |             ^
+        channel closed    let go        runs -----> done            |
+                                                      |             |
+                                                 awaits its --------+ delivered again
+                                                  message
+                                                      |
+                                              let go, after PATIENCE or at a stop
     """
 
     def __init__(self, channel: sweepea.Channel, method, properties, body) -> None:
@@ -194,13 +203,14 @@ class Job:
         self.properties, self.body = properties, body
         self.headers = properties.headers or {}
         self.name = "?"                 # for the log, until the request is read
-        self.returns = 0                # how often the message has come back
+        self.times_back = 0                # how often the message has come back
         self.isolated = bool(self.headers.get("x-olive-isolated"))  # it may kill us
-        self.task: sweepea.Task | None = None
+        self.kernel_task: sweepea.Task | None = None
 
     @property
     def key(self) -> tuple:
-        """What a message has in common with its next delivery, but not with a copy."""
+        """Equal for two deliveries of one message; different for a copy of it, which
+        has a message_id of its own. (`repr`, as a header may be a list, say.)"""
         return repr(self.headers.get("id")), self.properties.message_id, self.body
 
 
@@ -211,9 +221,9 @@ class OliveOly:
         self.config = config or OliveAppConfig()
         self._stop, self._status = Event(), 0
         self._in_hand: set[Job] = set()
-        self._expected: dict[tuple, Job] = {}   # by key: done or not, message not here
+        self._awaited: dict[tuple, Job] = {}    # by key: the message shall come again
         self._news = SchedBarrier()             # where jobs wait for their message
-        self._settled = Event()                 # a message was, on this connection
+        self._settled = Event()                 # a message has been, on this connection
         self._consumers: list[str] = []         # their tags, on the link's channel
         self._trace = Trace(self.config.trace)
         for module in self.config.tasks:
@@ -236,7 +246,7 @@ class OliveOly:
                 return
             self._count_returns(job)
         self._in_hand.add(job)
-        job.task = self._kernel._spawn(self._live(job))
+        job.kernel_task = self._kernel._spawn(self._live(job))
 
     async def _live(self, job: Job) -> None:
         """Find out what the message asks for, do it, and settle the message."""
@@ -246,13 +256,13 @@ class OliveOly:
             if request:
                 outcome = await self._run(job, request)
                 job.begun = True        # a thread that was given the job has done it
-                log.debug("%s: %s", job.name, outcome.reason)
-                if outcome.reason == "done":
+                log.debug("%s: %s", job.name, outcome.status)
+                if outcome.status == "done":
                     if outcome.error:
                         log.warning("%s: %s", job.name, _shown(outcome.error.text))
                     await self._settle(job, outcome.reply)
                 else:
-                    await self._fail(job, request, outcome)
+                    await self._retry_or_bury(job, request, outcome)
         except Exception as exc:        # a fault of ours must not hold the message
             log.exception("%s: a fault of the app", job.name)
             await self._bury(job, None, _failure("failed", exc))
@@ -273,10 +283,11 @@ class OliveOly:
                 async with self._processes.slots:
                     self._begin(job)
                     outcome = await self._processes.call(_execute_in_child, what, limit)
-                if outcome is not None:     # else the process does not know the task
+                if outcome is not None:
                     return outcome
+                # The process does not know the task: in a thread, then, as ever.
             job.call = Call(self._threads, _execute, what, limit)
-            return await job.call.result()
+            return await job.call.run()
         except TimeoutError:
             self._look_at_threads()
             return _failure("timeout", TimeLimitExceeded(f"{limit:g} s"))
@@ -292,7 +303,7 @@ class OliveOly:
 
     async def _run_coroutine(self, job: Job, what: tuple, limit) -> Outcome:
         self._begin(job)
-        job.task.name = job.name        # the kernel names a task that blocks the loop
+        job.kernel_task.name = job.name     # a task that blocks the loop is named
         if limit is None:
             return await _perform(*what, on_kernel=True)
         # A coroutine may swallow its cancellation. So it runs in a task of its own, and
@@ -346,8 +357,8 @@ class OliveOly:
         except ValueError as exc:
             return await self._bury(job, None, _failure("malformed", exc))
         job.name = f"{_shown(request.name)}[{_shown(request.id)[1:-1]}]"
-        if job.returns >= GIVEN_UP:
-            error = RuntimeError(f"came back {job.returns} times: does it kill us?")
+        if job.times_back >= BURIED:
+            error = RuntimeError(f"came back {job.times_back} times: does it kill us?")
             return await self._bury(job, None, _failure("returned", error))
         now = datetime.now(timezone.utc)
         if request.expires and now > request.expires:
@@ -431,15 +442,16 @@ class OliveOly:
     # keep a thousand that failed together from coming back together. The pause is spent
     # in the broker (see "The ladder"): here it would hold a place in the window.
 
-    async def _fail(self, job: Job, request: Request, outcome: Outcome) -> None:
+    async def _retry_or_bury(self, job: Job, request: Request,
+                             outcome: Outcome) -> None:
         """Have a job that failed tried again, or bury it."""
         registered, error = TASKS[request.name], outcome.error
         retries = registered.retries
-        if outcome.reason == "worker-lost" and not job.isolated:
+        if outcome.status == "worker-lost" and not job.isolated:
             # The kernel's OOM killer, say, may have picked this process because others
             # used the memory. A job that was isolated has no such excuse.
             retries = max(retries, 1)
-        may_retry = outcome.reason in ("failed", "timeout", "worker-lost")
+        may_retry = outcome.status in ("failed", "timeout", "worker-lost")
         if not may_retry or request.retries >= retries:
             return await self._bury(job, request, outcome)
         pause = registered.retry_delay * 2 ** min(request.retries, 20)
@@ -487,16 +499,15 @@ class OliveOly:
         returns = job.headers.get("x-delivery-count")
         # In any other queue the header may be the sender's.
         if self.config.counts_returns and isinstance(returns, int):
-            job.returns = returns
+            job.times_back = returns
             job.isolated = job.isolated or returns >= ISOLATED
 
     # -- what can go wrong: the connection. Work in hand outlives it -------------------
     #
-    # Without this, each loss of the connection would have everything run a second time
-    # that runs just then. The broker takes its messages back and delivers them again,
-    # mostly to us. So what runs goes on, and its message, when it comes, is handed to
-    # the job in hand. What has not begun is let go at once, as the broker may give it
-    # to somebody who is free.
+    # Without this, whatever runs when the connection is lost would run again, for the
+    # broker takes its messages back and delivers them again, mostly to us. So what runs
+    # goes on, and its message, when it comes, is handed to the job in hand. What has
+    # not begun is let go at once, as the broker may give it to somebody who is free.
     #
     # A job that is done before its message is back waits for it. If the message does
     # not come, somebody else has got it and does it again. Then a success still sends
@@ -507,34 +518,36 @@ class OliveOly:
     # An acknowledgement that was under way when the connection was lost is lost, too:
     # then the job is done again, as at-least-once allows.
 
-    async def _watch(self, channel: sweepea.Channel) -> None:
+    async def _guard(self, channel: sweepea.Channel) -> None:
         """Watch over what is in hand, from one connection to the next."""
-        expected = list(self._expected.values())
+        awaiting = list(self._awaited.values())
         await ignore_after(PATIENCE, channel.wait_closed())
         if channel.closed is None:
-            await self._give_up(expected)
+            await self._give_up(awaiting)
             await channel.wait_closed()
         for job in list(self._in_hand):
             await self._let_go(job)
 
-    def _expect(self) -> None:
-        """The connection is back: what runs, or is done, expects its message."""
+    async def _await_messages(self) -> None:
+        """The connection is back: what runs, or is done, awaits its message."""
         for job in self._in_hand:
             if job.channel is not None and job.channel.closed is not None:
-                if self._expected.setdefault(job.key, job) is not job:
-                    job.channel = None      # two the same: one of them can be told
+                # Two jobs of one key cannot be told apart: one gets the next delivery.
+                if self._awaited.setdefault(job.key, job) is not job:
+                    job.channel = None
+        await self._news.wake()
 
     async def _give_up(self, jobs: list[Job]) -> None:
-        """Expect the messages of these jobs no longer."""
+        """Await the messages of these jobs no longer."""
         for job in jobs:
-            if self._expected.get(job.key) is job:
-                del self._expected[job.key]
+            if self._awaited.get(job.key) is job:
+                del self._awaited[job.key]
                 job.channel = None
         await self._news.wake()
 
     def _came_back(self, again: Job) -> bool:
-        """Hand a delivery to the job in hand that expects it, if there is one."""
-        job = self._expected.pop(again.key, None)
+        """Hand a delivery to the job in hand that awaits it, if there is one."""
+        job = self._awaited.pop(again.key, None)
         if job is None:
             return False
         job.channel, job.tag = again.channel, again.tag
@@ -542,7 +555,7 @@ class OliveOly:
         return True
 
     async def _has_message(self, job: Job) -> bool:
-        """Whether a job can settle its message; waits while the message is expected."""
+        """Whether a job can settle its message; waits while the message is awaited."""
         while job.channel is not None and job.channel.closed is not None:
             if self._stop.is_set():
                 return False            # a stop does not wait for messages
@@ -551,10 +564,12 @@ class OliveOly:
 
     async def _let_go(self, job: Job) -> bool:
         """Drop a job that has not begun; False if it has."""
-        if job.begun or job.call is not None and not job.call.take_back():
+        if job.begun:
             return False
+        if job.call is not None and not job.call.take_back():
+            return False                # a thread has begun it
         job.channel = None
-        await job.task.cancel(blocking=False)
+        await job.kernel_task.cancel(blocking=False)
         return True
 
     def _begin(self, job: Job) -> None:
@@ -585,7 +600,7 @@ class OliveOly:
     async def _widen(self, channel: sweepea.Channel) -> None:
         await self._link.up.wait()
         await ignore_after(sweepea.MAX_BACKOFF, self._settled.wait())
-        if channel.closed is None:
+        if channel.closed is None and self._consumers:      # a stop leaves it empty
             narrow = self._consumers.pop()
             with suppress(AMQPError):       # if it is lost again, the link says so
                 await self._consume(channel, self.config.prefetch)
@@ -605,22 +620,22 @@ class OliveOly:
         # What pika reports, the link says in one line.
         logging.getLogger("pika").setLevel(logging.CRITICAL)
         numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
-        with sweepea.signals(*numbers) as queue, Kernel() as kernel:
+        with sweepea.signals(*numbers) as incoming, Kernel() as kernel:
             try:
-                kernel.run(self._main, queue, background)
+                kernel.run(self._main, incoming, background)
             finally:
                 self._trace.close()
         if self._status:
             raise SystemExit(self._status)
 
-    async def _main(self, queue, background: tuple) -> None:
+    async def _main(self, incoming, background: tuple) -> None:
         config = self.config
         self._kernel = kernel = await sweepea._get_kernel()
         self._threads = ThreadPool(kernel, config.threads)
         self._processes = ProcessPool(kernel, config.processes, load_tasks,
                                       (config.tasks,))
         self._link = Link(config.urls, self._on_connect)
-        await spawn(self._obey, queue)
+        await spawn(self._obey, incoming)
         link = await spawn(self._stay_connected)
         for corofunc in background:
             await spawn(self._beside, corofunc)
@@ -649,8 +664,8 @@ class OliveOly:
     async def _on_connect(self, connection, channel: sweepea.Channel) -> None:
         """Called by the link for each new connection, before it counts as up."""
         await declare_topology(channel, self.config)
-        self._expect()
-        await spawn(self._watch, channel)
+        await self._await_messages()
+        await spawn(self._guard, channel)
         self._consumers = []
         if self._link.was_brief:
             self._settled.clear()
@@ -672,32 +687,32 @@ class OliveOly:
         self._status = self._status or status
         self._kernel._spawn(self._stop.set())
 
-    async def _obey(self, queue) -> None:
-        await queue.get()
+    async def _obey(self, incoming) -> None:
+        await incoming.get()
         # A coroutine that blocks the kernel must not keep a second signal from being
         # obeyed, so that one has a handler.
-        for number in queue.numbers:
+        for number in incoming.numbers:
             signal.signal(number, _leave_at_once)
         self.stop()
-        _leave_at_once(await queue.get())   # if it came before there was a handler
+        _leave_at_once(await incoming.get())    # it came before there was a handler
 
     async def _finish(self) -> None:
         """Take no more; give back what has not begun; wait for what has.
 
         In this order, or what is given back would come straight in again.
         """
-        await self._give_up(list(self._expected.values()))
+        await self._give_up(list(self._awaited.values()))
         if channel := self._link.channel:
             with suppress(AMQPError):       # or it is lost just now, and they with it
                 for consumer in self._consumers:
                     await channel.call("basic_cancel", consumer)
         jobs = list(self._in_hand)
         for job in jobs:
-            channel = job.channel
+            channel = job.channel           # which a job that is let go loses
             if await self._let_go(job):
                 channel.basic_nack(job.tag)
         for job in jobs:
-            await job.task.wait()
+            await job.kernel_task.wait()
 
 
 def _leave_at_once(number: int, _frame=None) -> None:
@@ -782,7 +797,7 @@ class Error(NamedTuple):
 
 class Outcome(NamedTuple):
     """What came of a job."""
-    reason: str                     # "done", or why not: a reason of the dead queue's
+    status: str                     # "done", or a reason of the dead queue's
     reply: bytes | None = None      # the body of the reply, if the job is done
     error: Error | None = None      # what went wrong, if anything did
 
@@ -804,7 +819,7 @@ class TaskRevokedError(Exception):
 
 
 class WorkerLostError(Exception):
-    """The process died that ran the job, or the exception meant the end of one."""
+    """The process died that ran the job, or the job raised SystemExit or the like."""
 
 
 def _decode(body: bytes) -> tuple[list, dict]:
@@ -898,9 +913,10 @@ async def _perform(name: str, ident: str, body: bytes, on_kernel: bool) -> Outco
         if inspect.iscoroutine(result):
             result = await result
     except BaseException as exc:    # SystemExit and KeyboardInterrupt as well
-        if on_kernel and isinstance(exc, CancelledError) and (
-                await current_task()).cancelled:
-            raise                   # the app wanted the end, not the task
+        if on_kernel and isinstance(exc, CancelledError):
+            task = await current_task()
+            if task.cancelled:
+                raise               # the app wanted the end, not the user's function
         # The first frame of the traceback is the one above; the next is the task's. If
         # there is none, the arguments do not fit, and will not do so next time.
         frames = exc.__traceback__.tb_next
@@ -910,20 +926,20 @@ async def _perform(name: str, ident: str, body: bytes, on_kernel: bool) -> Outco
     return _success(ident, result)
 
 
-def _execute(*job) -> Outcome:
+def _execute(*what) -> Outcome:
     """The same in a worker, where there is no kernel. A coroutine that never traps runs
     to its end at the first `send` (chapter 2 of sweepea.py)."""
     try:
-        _perform(*job, on_kernel=False).send(None)
+        _perform(*what, on_kernel=False).send(None)
     except StopIteration as stop:
         return stop.value
     raise RuntimeError("a task that is no coroutine function returned a coroutine")
 
 
-def _execute_in_child(name: str, *job) -> Outcome | None:
+def _execute_in_child(name: str, *what) -> Outcome | None:
     """The same in a worker process. None if the task is not known there, as one that
     the program registered after its start is."""
-    return _execute(name, *job) if name in TASKS else None
+    return _execute(name, *what) if name in TASKS else None
 
 
 # =====================================================================================
@@ -1014,13 +1030,14 @@ def republished(properties: pika.BasicProperties, **changes: Any
         and not name.startswith("x-first-death-")}
     again.headers.update(changes)
     again.delivery_mode, again.expiration, again.user_id = 2, None, None
-    again.message_id = uuid.uuid4().hex     # the copy is another message: see `_key`
+    again.message_id = uuid.uuid4().hex     # see Job.key
     # A header frame that is too large would cost the connection. The largest of the
     # headers that came are left out, until the rest fits.
-    came = sorted(again.headers, key=lambda name: (name in changes,
-                                                   -len(repr(again.headers[name]))))
+    names = sorted(again.headers, key=lambda name: len(repr(again.headers[name])))
+    names = [name for name in names if name in changes] + [
+        name for name in names if name not in changes]
     while not _fits(again):
-        del again.headers[came.pop(0)]
+        del again.headers[names.pop()]
     return again
 
 
@@ -1048,16 +1065,19 @@ def _shown(text: Any) -> str:
 #
 #     publish with the key 0.0. ... .1.0.1.Olive.q
 #        |
-#     exchange Olive.wait.16    the first digit is 0: on to Olive.wait.15 ...
-#     exchange Olive.wait.2     digit 1:  queue Olive.wait.2, 4 s, then its dead letter
-#     exchange Olive.wait.1     digit 0:  straight on                   exchange, which
-#     exchange Olive.wait.0     digit 1:  queue Olive.wait.0, 1 s       is the next one
-#     exchange Olive.waited     the rest of the key is a queue's name: queue Olive.q
+#     exchange Olive.wait.16    digit 0: on to exchange Olive.wait.15, and so on
+#     exchange Olive.wait.2     digit 1: into queue Olive.wait.2, for 4 s
+#     exchange Olive.wait.1     digit 0: on to exchange Olive.wait.0
+#     exchange Olive.wait.0     digit 1: into queue Olive.wait.0, for 1 s
+#     exchange Olive.waited     by the rest of the key, a queue's name: to queue Olive.q
+#
+# When its time is over, a message is a dead letter of its queue, and goes on to the
+# exchange below (`x-dead-letter-exchange`), with the key that it has.
 #
 # One ladder serves every app of the virtual host. The fraction of a second is slept in
 # the app. The queues are quorum queues with the strategy at-least-once: each hop inside
 # the broker is confirmed, as a publish of ours is. But such a queue keeps what it can
-# not pass on, and some thirty of these bring it to a standstill for everybody. So what
+# not pass on, and thirty such messages bring it to a standstill for everybody. So what
 # has waited for a queue that is gone ends in the queue Olive.lost, by way of the
 # exchange's `alternate-exchange`.
 #

@@ -189,9 +189,9 @@ def call_task(name, args=(), kwargs=None, *, timeout: float | None = 30, **optio
 # _send_all spawns a task for each message, _send_one. Meanwhile _send_many takes what
 # comes into the Queue `replies`. The ids of unanswered messages are in `sent_at`.
 #
-#     (id, None)      the message is confirmed        put there by _send_one
-#     (id, error)     the message cannot be sent      put there by _send_one
 #     (id, reply)     the app has answered            put there by the Sender
+#     (id, reply)     confirmed; none is wanted       put there by _send_one (--no-wait)
+#     (id, error)     the message cannot be sent      put there by _send_one
 
 async def _send_all(sender: Sender, options, sent_at: dict[str, float]) -> None:
     # This is the pattern of a limit. A permit is acquired here, by the task that makes
@@ -208,7 +208,7 @@ async def _send_one(sender: Sender, options, sent_at: dict, limit) -> None:
     ident = str(uuid.uuid4())
     sent_at[ident] = time.monotonic()
     # Where no reply is wanted, the confirm stands in for it.
-    reply = {"status": "SUCCESS"} if options.no_wait else None
+    reply = {"status": "SUCCESS"}
     try:
         await sender.send(
             options.task, options.args, options.kwargs, countdown=options.countdown,
@@ -217,7 +217,8 @@ async def _send_one(sender: Sender, options, sent_at: dict, limit) -> None:
     except Exception as exc:
         # Nobody awaits this task, so an error goes the way that the replies go.
         reply = exc
-    await sender.replies.put((ident, reply))
+    if options.no_wait or isinstance(reply, Exception):
+        await sender.replies.put((ident, reply))
     await limit.release()
 
 
@@ -239,7 +240,7 @@ async def _send_many(sender: Sender, options: argparse.Namespace) -> int:
         if isinstance(reply, Exception):
             raise reply
         # At-least-once means that a job may run twice, and then it answers twice.
-        if reply is None or ident not in sent_at:
+        if ident not in sent_at:
             continue
         latencies.append(1000 * (time.monotonic() - sent_at.pop(ident)))
         if reply["status"] == "SUCCESS":

@@ -31,6 +31,7 @@ import atexit
 import contextvars
 import functools
 import heapq
+import itertools
 import logging
 import os
 import pickle
@@ -38,8 +39,6 @@ import queue
 import random
 import signal
 import socket
-import struct
-import sys
 import threading
 import time
 import traceback
@@ -47,10 +46,9 @@ import types
 import weakref
 from collections import OrderedDict, deque
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
-from itertools import islice
+from contextlib import suppress
 from selectors import EVENT_READ, EVENT_WRITE
-from typing import Any, Awaitable, Callable, Coroutine, Iterable, Iterator, NamedTuple
+from typing import Any, Callable, Coroutine, Iterable, NamedTuple
 
 import pika
 from pika.adapters.select_connection import IOLoop, SelectConnection
@@ -63,8 +61,6 @@ from pika.exceptions import (
 __version__ = "0.2.0"
 
 log = logging.getLogger("sweepea")
-
-Corofunc = Callable[..., Coroutine] | Coroutine     # an async function or a coroutine
 
 
 # =====================================================================================
@@ -199,7 +195,7 @@ async def current_task() -> Task:
     return await _trap("trap_get_current")
 
 
-async def spawn(corofunc: Corofunc, *args: Any) -> Task:
+async def spawn(corofunc: Callable | Coroutine, *args: Any) -> Task:
     """Start `corofunc(*args)` as a task of its own, concurrently; return that Task."""
     return await _trap("trap_spawn", _coroutine(corofunc, args))
 
@@ -276,22 +272,23 @@ class Task:
     cancelled = terminated = False
     cancel_func = future = sleep = timeout = joining = cancel_pending = None
     _trap_result = _final_result = _final_exc = None
-    _last_id = 0
+    _deadlines = ()             # of the timeouts that the task is in, innermost last
+    _numbers = itertools.count(1)
 
     def __init__(self, coro: Coroutine) -> None:
-        Task._last_id = self.id = Task._last_id + 1
+        self.id = next(Task._numbers)
         self.coro = coro
         self.name = getattr(coro, "__qualname__", None)
-        self._deadlines: list[float] = []   # of the timeouts that the task is in
         # Each task has context variables of its own, a copy of the spawner's. Without
         # this, what one task sets (the precision of decimals, say) would hold in every
         # other task from its next wait on.
-        self._context = contextvars.copy_context()
-        self.send = functools.partial(self._context.run, coro.send)
+        run_in_context = contextvars.copy_context().run
+        self.send = functools.partial(run_in_context, coro.send)
 
     def throw(self, exc: BaseException) -> Any:
         """Raise `exc` where the coroutine stopped. For what did not come by a trap."""
-        return self._context.run(self.coro.throw, exc)
+        run_in_context = self.send.func
+        return run_in_context(self.coro.throw, exc)
 
     def __repr__(self) -> str:
         return f"Task(id={self.id}, name={self.name!r}, state={self.state!r})"
@@ -344,24 +341,24 @@ class Task:
 # 4. Waiting rooms
 #
 # Tasks wait for each other: for a lock, an item, an event, an end. All of these need
-# two things of the kernel, a room to sit down in and somebody who calls the next one.
+# two things of the kernel, a room to sit down in and somebody who wakes the next one.
 # A room is an object with two methods that only the kernel calls: `_kernel_suspend`
 # seats a task and returns the function that takes it out again, which becomes the
 # task's `cancel_func`; `_kernel_wake` takes out up to n tasks and returns them.
 #
-# A task that was called sits on the ready queue, and a cancellation that arrives then
+# A task that was woken sits on the ready queue, and a cancellation that arrives then
 # is kept (`cancel_pending`) until the task waits again. Otherwise a permit of a
 # semaphore could be handed to a task that dies before it can pass the permit on, and
 # one permit would be gone for good.
 # =====================================================================================
 
 class SchedFIFO:
-    """A waiting room that calls its tasks in the order of their arrival."""
+    """A waiting room that wakes its tasks in the order of their arrival."""
 
     def __init__(self) -> None:
         # The first must be found quickly, and anybody must be able to leave quickly: an
         # OrderedDict does both in the same time, however many sit in the room.
-        self._tasks: OrderedDict[Task, None] = OrderedDict()
+        self._tasks: dict[Task, None] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -371,30 +368,28 @@ class SchedFIFO:
         return lambda: self._tasks.pop(task)
 
     def _kernel_wake(self, ntasks: int = 1) -> list[Task]:
-        tasks = list(islice(self._tasks, ntasks))
+        tasks = list(itertools.islice(self._tasks, ntasks))
         for task in tasks:
             del self._tasks[task]
         return tasks
 
     async def suspend(self, reason: str = "SUSPEND") -> None:
-        """Sit down in the room until called; `reason` is shown as the task's state."""
+        """Sit down in the room until woken; `reason` is shown as the task's state."""
         await _trap("trap_sched_wait", self, reason)
 
     async def wake(self, n: int = 1) -> None:
-        """Call the next n tasks."""
+        """Wake the next n tasks."""
         await _trap("trap_sched_wake", self, n)
 
 
 class SchedBarrier(SchedFIFO):
-    """A waiting room that calls everybody at once."""
+    """A waiting room that wakes everybody at once."""
 
     def __init__(self) -> None:
-        # A plain dict is smaller. Taking its items one by one from the front would be
-        # slow, but a barrier is emptied in one go.
-        self._tasks = {}
+        self._tasks = {}    # smaller, and it is emptied in one go, never from the front
 
     async def wake(self, n: int | None = None) -> None:
-        """Call n tasks, or all."""
+        """Wake n tasks, or all."""
         await super().wake(len(self) if n is None else n)
 
 
@@ -462,7 +457,7 @@ class Queue:
 
     def __init__(self, maxsize: int = 0) -> None:
         self._items: deque = deque()
-        self._filled, self._free = Semaphore(0), Semaphore(maxsize or sys.maxsize)
+        self._filled, self._free = Semaphore(0), Semaphore(maxsize or float("inf"))
 
     async def put(self, item: Any) -> None:
         """Add an item, waiting for a free place if need be."""
@@ -494,15 +489,17 @@ async def gather(*coroutines: Coroutine) -> list:
             for task in tasks:
                 await task.cancel(blocking=False)
 
+    # None of them runs before all are in the list: a spawn does not wait.
     tasks = [await spawn(watched(coro)) for coro in coroutines]
     try:
         for task in tasks:
             await task.wait()
     finally:
-        for task in tasks:          # to those that have ended it does nothing
-            await task.cancel(blocking=False)
-        for task in tasks:
-            await task.wait()
+        # First all are told to go, then all are waited for. On those that have ended a
+        # cancel has no effect.
+        for blocking in False, True:
+            for task in tasks:
+                await task.cancel(blocking=blocking)
     if failures:
         raise failures[0]
     return [task.result for task in tasks]
@@ -527,10 +524,10 @@ async def gather(*coroutines: Coroutine) -> list:
 # it, and this block says so with UncaughtTimeoutError. The three cases, with what
 # comes out of each block if nobody catches anything:
 #
-#     outer  inner    at     out of the inner block        out of the outer block
-#       5      2       2     TaskTimeout                   UncaughtTimeoutError
-#       2      5       2     TimeoutCancellationError      TaskTimeout
-#       2      2       2     TimeoutCancellationError      TaskTimeout
+#     outer  inner  raised   out of the inner block        out of the outer block
+#       5      2    at 2     TaskTimeout                   UncaughtTimeoutError
+#       2      5    at 2     TimeoutCancellationError      TaskTimeout
+#       2      2    at 2     TimeoutCancellationError      TaskTimeout (set first)
 # =====================================================================================
 
 FOREVER = float("inf")
@@ -545,24 +542,29 @@ class _Timeout:
         self.expired, self.result = False, True
 
     async def __aenter__(self) -> _Timeout:
-        self._deadlines = (await current_task())._deadlines
-        deadline = FOREVER if self._seconds is None else self._seconds + await clock()
-        self._deadlines.append(deadline)
-        self._previous = await _trap("trap_set_timeout", deadline)
+        self._task = await current_task()
+        seconds = FOREVER if self._seconds is None else self._seconds
+        self._deadline = seconds + await clock()
+        self._outer = self._task._deadlines
+        self._task._deadlines = [*self._outer, self._deadline]
+        # Without a limit there is no timer to set; the trap tells which one is set.
+        self._previous = await _trap(
+            "trap_set_timeout", None if seconds == FOREVER else self._deadline)
         return self
 
     async def __aexit__(self, kind, exc, tb) -> bool:
         await _trap("trap_unset_timeout", self._previous)
-        deadline = self._deadlines.pop()    # this block's; those further out are left
+        self._task._deadlines = self._outer
         if kind not in (TaskTimeout, TimeoutCancellationError):
             return False
-        # The program may have raised one itself, without the clock in it.
-        now = exc.args[0] if exc.args else time.monotonic()
+        # The kernel's has the clock in it; the program may have raised one itself.
+        clocks = [arg for arg in exc.args if isinstance(arg, float)]
+        now = clocks[0] if clocks else time.monotonic()
         # A new exception with the old traceback: the context of the old one, in which
         # the block was only being left, would tell the reader nothing.
-        if any(outer <= now for outer in self._deadlines):
+        if any(outer <= now for outer in self._outer):
             raise TimeoutCancellationError(now).with_traceback(tb) from None
-        if deadline > now:
+        if self._deadline > now:
             raise UncaughtTimeoutError("Uncaught timeout received") from exc
         self.expired, self.result = True, self._timeout_result
         if self._ignore:
@@ -621,7 +623,7 @@ def ignore_after(seconds: float | None, corofunc=None, *args,
 #     |      for a file)     woke a task)             ends in time)                   |
 #     +-------------------------------------------------------------------------------+
 #
-# A turn runs what is ready, and what becomes ready of that, for a millisecond at most
+# A turn runs what is ready, and what becomes ready thereby, for a millisecond at most
 # (`SLICE`). Tasks can make each other ready without end; without that limit pika would
 # never read a socket again, and the broker would think us dead. The clock is looked at
 # after each task, so the last task of a turn can overrun the millisecond, and a task
@@ -630,19 +632,20 @@ def ignore_after(seconds: float | None, corofunc=None, *args,
 #
 # Three rules keep all this free of locks. One thread alone touches the kernel, the one
 # that is in `run`; another thread may only complete a future. A task reaches the kernel
-# by traps alone. A callback of pika's, which cannot trap, may call `_spawn`, complete a
-# future, or leave something to the end of the turn (`_call_at_turn_end`).
+# by traps. What cannot trap, as it is no coroutine, may do three things in the kernel's
+# thread: call `_spawn`, complete a future, and leave something to the end of the turn
+# (`_at_turn_end`).
 # =====================================================================================
 
 SLICE = 0.001           # seconds after which no further task is begun in a turn
-BLOCKED = 0.5           # seconds without waiting; then a task is named in the log
+BLOCKED = 0.5           # seconds; a task that runs longer without waiting is logged
 SHUTDOWN_GRACE = 2.0    # seconds that a cancelled task has, at shutdown, to go
 
 _MASKS = {EVENT_READ: IOLoop.READ, EVENT_WRITE: IOLoop.WRITE}   # of selectors, of pika
 _SUSPENDED = object()   # what a trap answers if the task has to wait
 # The traps that may wait. They are answered with a cancellation if one is pending.
 _WAITING = {"trap_io", "trap_future_wait", "trap_sleep", "trap_sched_wait"}
-_driven: dict[int, "Kernel"] = {}       # thread -> the kernel that it drives just now
+_driving: set[int] = set()      # the threads that are in `Kernel.run` just now
 
 
 class _Watch(NamedTuple):
@@ -673,14 +676,13 @@ class Kernel:
         self._taskcls = taskcls
         self._tasks: dict[int, Task] = {}       # by the task's number
         self._ready: deque[Task] = deque()
-        self._current: Task | None = None
         self._timers: list[tuple[float, int, str]] = []     # (clock, task number, kind)
         self._files: dict[int, _Watch] = {}
         self._completed: deque = deque()        # (task, future) from other threads
         self._rung = False                      # the loop was told of these already
-        self._thread: int | None = None         # the one that is in `run`
-        self._at_turn_end: list[Callable[[], Any]] = []
-        self._call_at_turn_end = self._at_turn_end.append
+        # While in `run`: its thread, the task that it waits for, the one that runs.
+        self._thread = self._main = self._current = None
+        self._at_turn_end: list[Callable[[], Any]] = [] # called, once each, then
         self._shutdown_funcs: list[Callable[[], Any]] | None = []   # None: it is closed
         self._call_at_shutdown = self._shutdown_funcs.append
         self._traps: dict[str, Callable] = {
@@ -702,7 +704,7 @@ class Kernel:
 
     # -- driving the loop --------------------------------------------------------------
 
-    def run(self, corofunc: Corofunc | None = None, *args, shutdown=False) -> Any:
+    def run(self, corofunc=None, *args: Any, shutdown: bool = False) -> Any:
         """Run `corofunc(*args)` until it ends; return its result or raise what it did.
 
         Other tasks stay where they are and go on with the next `run`. Without a
@@ -712,20 +714,21 @@ class Kernel:
         Raises RuntimeError if this thread runs a kernel already, or if this kernel runs
         in another thread, was shut down or has crashed.
         """
-        if threading.get_ident() in _driven or self._thread is not None:
-            raise RuntimeError("a kernel is running already: in a coroutine, use "
-                               "`await` instead of run()")
+        if threading.get_ident() in _driving or self._thread is not None:
+            raise RuntimeError("a kernel is running already: use `await`, not run()")
         if self._shutdown_funcs is None:
             raise RuntimeError("the kernel was shut down, or has crashed")
-        main = self._spawn(_coroutine(corofunc, args)) if corofunc else None
+        # The main task is put in front of the queue. One that only says `sleep(0)` is
+        # resumed, and so ends, when everything that is ready or due now has run once.
+        main = self._spawn(_coroutine(corofunc, args) if corofunc else sleep(0))
+        self._ready.rotate()
         try:
-            if main or not shutdown:
-                self._drive(main)
+            self._drive(main)
         finally:
             if shutdown and self._shutdown_funcs is not None:
                 self._drive(self._spawn(self._cancel_all()))
                 self._close()
-        if main:
+        if corofunc:
             return main.result
 
     def __enter__(self) -> Kernel:
@@ -735,32 +738,27 @@ class Kernel:
         if self._shutdown_funcs is not None:
             self.run(shutdown=True)
 
-    def _drive(self, main: Task | None) -> None:
+    def _drive(self, main: Task) -> None:
         self._main, self._thread = main, threading.get_ident()
-        _driven[self._thread] = self
+        _driving.add(self._thread)
         try:
-            while True:
+            while not main.terminated:
                 self._poll()
                 self.loop.process_timeouts()
                 self._turn()
-                if main is None or main.terminated:
-                    break
         finally:
-            _driven.pop(self._thread, None)     # a forked child has emptied it
+            _driving.discard(self._thread)      # a forked child has emptied it
             self._current = self._thread = None
 
     def _poll(self) -> None:
-        # How long may the poll sleep? Not at all if a task is ready, nor in a single
-        # pass; else until our earliest timer is due, or for ever. A timer of pika's
-        # ends the poll in time. Setting one costs as much as the poll itself, so none
-        # is set where the poll may sleep for ever.
-        if self._ready or not self._main:
-            seconds = 0
-        elif self._timers:
-            seconds = max(0, self._timers[0][0] - time.monotonic())
-        else:
+        # How long may the poll sleep? For ever if no task is ready and no timer is set,
+        # not at all if a task is ready, else until our earliest timer is due. A timer
+        # of pika's ends the poll in time. Setting one costs as much as the poll itself,
+        # so none is set where the poll may sleep for ever.
+        if not self._ready and not self._timers:
             self.loop.poll()
             return
+        seconds = 0 if self._ready else max(0, self._timers[0][0] - time.monotonic())
         alarm = self.loop.call_later(seconds, lambda: None)
         self.loop.poll()
         self.loop.remove_timeout(alarm)
@@ -786,11 +784,8 @@ class Kernel:
         ready, traps, main = self._ready, self._traps, self._main
         now = time.monotonic()
         self._expire(now)
-        # A single pass, which has no main task, runs each task that is ready now once,
-        # however long that takes.
-        most, end = (sys.maxsize, now + SLICE) if main else (len(ready), FOREVER)
-        while ready and most and now <= end and not (main and main.terminated):
-            most -= 1
+        end = now + SLICE
+        while ready and now <= end and not main.terminated:
             task = self._current = ready.popleft()
             task.state = "RUNNING"
             task.cycles += 1
@@ -810,8 +805,9 @@ class Kernel:
                 except TypeError:               # asyncio yields None, or its own future
                     resume, answer = task.throw, TypeError(_FOREIGN.format(request))
                     continue
-                except KeyError:                # a trap that nobody knows: the program
-                    self._close()               # was written for some other kernel
+                except KeyError:
+                    # A trap that no kernel like this one has. Here Curio's ends, too.
+                    self._close()
                     raise
                 if task.cancel_pending and task.allow_cancel and request[0] in _WAITING:
                     answer, task.cancel_pending = task.cancel_pending, None
@@ -887,7 +883,8 @@ class Kernel:
         if not task.cancelled and not task.terminated:
             if not isinstance(exc, BaseException):
                 exc = exc(exc.__name__ if val is None else val)
-            task.cancelled, task.timeout = True, None       # it is going anyway
+            # The deadline that is in force does not matter any more.
+            task.cancelled, task.timeout = True, None
             self._interrupt(task, exc)
 
     # -- waiting rooms -----------------------------------------------------------------
@@ -905,33 +902,32 @@ class Kernel:
     # heap of timers, too, but ours cost less: nothing is ever taken out of the middle
     # of our heap. An entry counts only if the task still says the same time when the
     # entry comes up, and most timeouts are unset long before, so dead entries pile up.
-    # A task has two clocks at most. When there are more than four entries a task, at
+    # A task has two timers at most. When there are more than four entries per task, at
     # least half of them are dead, and all of these are swept out, duplicates included:
     # a few steps per entry on average, however many there are.
 
     def _set_timer(self, task: Task, kind: str, clock: float) -> None:
         setattr(task, kind, clock)
         if len(self._timers) > 4 * len(self._tasks) + 1000:     # few are not worth it
-            alive = {timer for timer in self._timers if self._counts(timer)}
+            alive = {timer for timer in self._timers if self._task_of(timer)}
             self._timers = sorted(alive)        # a sorted list is a heap
         heapq.heappush(self._timers, (clock, task.id, kind))
 
-    def _counts(self, timer: tuple[float, int, str]) -> bool:
+    def _task_of(self, timer: tuple[float, int, str]) -> Task | None:
+        """The task that an entry of the heap is for; None if the entry is dead."""
         clock, number, kind = timer
-        task = self._tasks.get(number)
-        return task is not None and getattr(task, kind) == clock
+        task = self._tasks.get(number)      # None if it has ended
+        return task if task and getattr(task, kind) == clock else None
 
     def _expire(self, now: float) -> None:
         while self._timers and self._timers[0][0] <= now:
             timer = heapq.heappop(self._timers)
-            if self._counts(timer):
-                _, number, kind = timer
-                task = self._tasks[number]
-                if kind == "sleep":
-                    self._schedule(task, now)
-                else:
-                    task.timeout = None
-                    self._interrupt(task, TaskTimeout(now))
+            task = self._task_of(timer)
+            if task and timer[2] == "sleep":
+                self._schedule(task, now)
+            elif task:
+                task.timeout = None
+                self._interrupt(task, TaskTimeout(now))
 
     def _trap_sleep(self, seconds):
         now = time.monotonic()
@@ -982,7 +978,7 @@ class Kernel:
 
     def _watch(self, fd: int, fileobj, mask: int, waits: dict[int, Task]) -> None:
         """Have pika's loop watch a file for the events of the mask, and no others."""
-        self._forget(fd)
+        self._trap_io_release(fd)
         if mask:
             self.loop.add_handler(fd, self._on_io, mask | IOLoop.ERROR)
             # A socket keeps its file for life, so the socket object shows whether the
@@ -993,7 +989,8 @@ class Kernel:
             owner = weakref.ref(fileobj) if is_socket else _nobody
             self._files[fd] = _Watch(owner, mask, waits)
 
-    def _forget(self, fd: int) -> None:
+    def _trap_io_release(self, fileobj):
+        fd = _number(fileobj)
         if self._files.pop(fd, None):
             # If the file was closed first, the system, or pika if it got the number in
             # between, has forgotten it already.
@@ -1023,9 +1020,6 @@ class Kernel:
         waits[bit] = self._current
         return self._suspend(state, lambda: waits.pop(bit))
 
-    def _trap_io_release(self, fileobj):
-        self._forget(_number(fileobj))
-
     def _trap_io_waiting(self, fileobj):
         watch = self._files.get(_number(fileobj)) or _Watch(_nobody, 0, {})
         return watch.waits.get(IOLoop.READ), watch.waits.get(IOLoop.WRITE)
@@ -1035,8 +1029,9 @@ class Kernel:
     # A task is never resumed by the thread that completes its future: the whole kernel
     # is without locks because one thread alone touches it. All that another thread does
     # is to append to a deque, which is atomic, and to ring, that is: to have pika's
-    # loop call `_on_ring`. Only the first that finds the loop not rung for rings; all
-    # that complete something before the loop answers ride along.
+    # loop call `_on_ring`. Only a thread that finds the flag `_rung` down rings; all
+    # that complete something before the loop answers ride along. (If two find the flag
+    # down, both ring, which is once too often and does no harm.)
     #
     #     other thread       append to the deque        look at the flag: down? ring
     #     the loop           take the flag down         empty the deque
@@ -1046,8 +1041,10 @@ class Kernel:
 
     def _complete(self, task: Task, future) -> None:
         """Wake the task that waits for this future. Called by whoever completes it."""
+        # In the kernel's own thread nobody has to ring. But a future that is done
+        # already calls back at once, before its task waits: for that one we ring, too.
         if threading.get_ident() == self._thread and task.future is future:
-            self._schedule(task)        # pika's callbacks and our tasks need no bell
+            self._schedule(task)
             return
         self._completed.append((task, future))
         if not self._rung:
@@ -1071,11 +1068,11 @@ class Kernel:
         return self._suspend("FUTURE_WAIT", future.cancel)
 
 
-_FOREIGN = ("a task awaited something that is not of Sweepea's kernel ({!r}): asyncio's "
-            "coroutines do not work here; use sweepea.sleep, run_in_thread and the like")
+_FOREIGN = ("a task awaited something that is not of Sweepea's kernel ({!r}); "
+            "asyncio does not work here: use sweepea.sleep, run_in_thread and the like")
 
 
-def run(corofunc: Corofunc, *args: Any) -> Any:
+def run(corofunc: Callable | Coroutine, *args: Any) -> Any:
     """Run `corofunc(*args)` on a kernel of its own: made, used and shut down.
 
     Raises RuntimeError if this thread runs a kernel already.
@@ -1091,33 +1088,19 @@ def run(corofunc: Corofunc, *args: Any) -> Any:
 # wait for ever for the very code that it interrupted. But the interpreter can write the
 # number of each signal to a socket, at once, and a task can wait for that socket.
 #
-# A process that a task forks (`multiprocessing.Pool` does) inherits handlers, numbers
-# and sockets, none of which are meant for it. It would not die of a SIGTERM; and while
-# it lives, the broker would not notice the death of its parent, since the connection is
-# still open. So in every forked child the handlers become the default ones again, and
-# the file numbers of our connections lead to /dev/null. To close the numbers would be
-# wrong: objects of pika's in the child would close them a second time, when they may
-# belong to another file.
+# A process that a task forks (`multiprocessing.Pool` does) inherits the handlers and
+# the sockets, none of which are meant for it. The child would not die of a SIGTERM; and
+# while it lives, the broker would not notice the death of its parent, since the
+# connection is still open. So in every forked child the handlers become the default
+# ones again, and the file numbers of our connections lead to /dev/null. To close the
+# numbers would be wrong: objects of pika's in the child would close them a second time,
+# when they may belong to another file.
 
-_handled: dict[int, Any] = {}           # signal -> the handler before ours
+_handled: set[int] = set()              # signals with a handler of ours
 _connected: set[int] = set()            # file numbers of connections to a broker
 
 
-class _Signals:
-    def __init__(self, sock: socket.socket, numbers: tuple[int, ...]) -> None:
-        self._sock, self.numbers = sock, numbers
-        self._came: deque[int] = deque()
-
-    async def get(self) -> int:
-        """Take the number of the next signal, waiting for one if need be."""
-        while not self._came:
-            await read_wait(self._sock)
-            self._came.extend(n for n in self._sock.recv(100) if n in self.numbers)
-        return self._came.popleft()
-
-
-@contextmanager
-def signals(*numbers: int) -> Iterator[_Signals]:
+class signals:
     """A queue of the signals that come: `with signals(SIGTERM) as queue:`, and then
     `number = await queue.get()` in a task.
 
@@ -1125,31 +1108,52 @@ def signals(*numbers: int) -> Iterator[_Signals]:
     at the end of the block the handlers are what they were before. Curio's idea, where
     it is called SignalQueue.
     """
-    ours, theirs = socket.socketpair()
-    ours.setblocking(False)
-    theirs.setblocking(False)
-    numbers = tuple(n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN)
-    # The handler does nothing, but without one Python would not write the number.
-    before = {n: signal.signal(n, lambda *_: None) for n in numbers}
-    wakeup_fd = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-    _handled.update(before)
-    try:
-        yield _Signals(ours, numbers)
-    finally:
-        signal.set_wakeup_fd(wakeup_fd)
-        for n, handler in before.items():
-            signal.signal(n, handler)
-            _handled.pop(n, None)
-        ours.close()
-        theirs.close()
+
+    def __init__(self, *numbers: int) -> None:
+        self.numbers = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]
+        self._came: deque[int] = deque()
+
+    def __enter__(self) -> signals:
+        self._ours, self._theirs = socket.socketpair()
+        self._theirs.setblocking(False)
+        # The handler does nothing, but without one Python would not write the number.
+        self._before = {n: signal.signal(n, lambda *_: None) for n in self.numbers}
+        self._wakeup_fd = signal.set_wakeup_fd(self._theirs.fileno())
+        _handled.update(self.numbers)
+        return self
+
+    async def get(self) -> int:
+        """Take the number of the next signal, waiting for one if need be."""
+        while not self._came:
+            await read_wait(self._ours)
+            self._came.extend(n for n in self._ours.recv(100) if n in self.numbers)
+        return self._came.popleft()
+
+    def __exit__(self, *exc_info) -> None:
+        signal.set_wakeup_fd(self._wakeup_fd)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        _handled.difference_update(self.numbers)
+        # A kernel that still watches the socket watches the next owner of its number
+        # anew.
+        self._ours.close()
+        self._theirs.close()
 
 
-def _mask(how: int) -> None:
-    signal.pthread_sigmask(how, _handled)
+_forking = threading.local()            # the signals that were blocked before a fork
+
+
+def _before_fork() -> None:
+    # A signal that comes before the child has its handlers back waits until it has.
+    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _handled)
+
+
+def _after_fork() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
 
 
 def _in_forked_child() -> None:
-    _driven.clear()
+    _driving.clear()
     if _handled:
         signal.set_wakeup_fd(-1)
         for number in _handled:
@@ -1158,12 +1162,10 @@ def _in_forked_child() -> None:
         nowhere = os.open(os.devnull, os.O_RDWR)
         for number in _connected:
             os.dup2(nowhere, number)
-    _mask(signal.SIG_UNBLOCK)
+    _after_fork()
 
 
-# A signal that comes before the child has its handlers back waits until it has.
-os.register_at_fork(before=lambda: _mask(signal.SIG_BLOCK),
-                    after_in_parent=lambda: _mask(signal.SIG_UNBLOCK),
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork,
                     after_in_child=_in_forked_child)
 
 
@@ -1187,7 +1189,9 @@ os.register_at_fork(before=lambda: _mask(signal.SIG_BLOCK),
 #     delivery tag   the number of a delivery on its channel: 1, 2, 3 ...
 #     acknowledge    tell the broker by its tag that a message may be forgotten; until
 #                    then the broker holds the message for us. To nack is to give back.
-#     prefetch       how many unacknowledged messages a consumer may have at once
+#     settle         acknowledge a delivery, or nack it
+#     prefetch       how many deliveries that are not settled a consumer may have at
+#                    once: its window
 #     confirm        the broker's acknowledgement of what we publish
 #     mandatory      what no queue takes is returned to us, and not dropped in silence
 #
@@ -1206,47 +1210,48 @@ MAX_BACKOFF = 30.0      # seconds between two attempts to connect, at most
 REFUSED = (AuthenticationError, ProbableAuthenticationError, ProbableAccessDeniedError)
 
 
+def _answer(future: Future, value: Any) -> None:
+    if not future.done():
+        future.set_result(value)
+    elif hasattr(value, "close"):   # whoever waited for it was cancelled meanwhile
+        value.close()
+
+
 class _Closable:
     """What connections and channels have in common: waiters, who learn of its end."""
 
     def __init__(self, kernel: Kernel) -> None:
         self._kernel = kernel
-        self._expected: set[Future] = set()
+        self._promises: set[Future] = set()
         self.closed: BaseException | None = None    # the reason, once it is closed
 
-    def _expect(self) -> Future:
+    def _promise(self) -> Future:
         """Make a future for an answer. It fails if this is closed before that."""
-        answer: Future = Future()
         if self.closed is not None:
-            answer.set_exception(self.closed)
-        else:
-            self._expected.add(answer)
-            answer.add_done_callback(self._expected.discard)
+            raise self.closed
+        answer: Future = Future()
+        self._promises.add(answer)
+        answer.add_done_callback(self._promises.discard)
         return answer
 
     def _on_close(self, _pika_object, reason: BaseException) -> None:
         if self.closed is None:
             self.closed = reason
-            for answer in list(self._expected):
+            for answer in list(self._promises):
                 answer.set_exception(reason)
 
-    async def _call(self, method: Callable, *args: Any, callback: str, **kwargs) -> Any:
+    async def _call(self, method, *args, callback="callback", **kwargs) -> Any:
         """Call a method of pika's whose parameter of the name `callback` takes the
         function that gets the answer; wait for that answer."""
-        answer = self._expect()
-
-        def on_answer(value) -> None:
-            if not answer.done():   # it is if the caller was cancelled meanwhile
-                answer.set_result(value)
-
-        if self.closed is None:
-            method(*args, **{callback: on_answer}, **kwargs)
+        answer = self._promise()
+        kwargs[callback] = functools.partial(_answer, answer)
+        method(*args, **kwargs)
         return await _future_wait(answer)
 
     async def wait_closed(self) -> BaseException:
         """Wait until this is closed; return the reason."""
         try:
-            await _future_wait(self._expect())      # no answer ever comes, but the end
+            await _future_wait(self._promise())      # no answer ever comes, but the end
         except Exception as reason:
             return reason
 
@@ -1267,10 +1272,6 @@ class _Services(SelectorIOServicesAdapter):
 class Connection(_Closable):
     """A connection to RabbitMQ; made by `await Connection.open(urls)`."""
 
-    def __init__(self, kernel: Kernel) -> None:
-        super().__init__(kernel)
-        self._unblocked = Event()       # up as long as the broker lets us publish
-
     @classmethod
     async def open(cls, urls: Iterable[str]) -> Connection:
         """Try each URL once, in turn; return the first connection that opens.
@@ -1286,30 +1287,21 @@ class Connection(_Closable):
                 return connection
             except AMQPError as exc:
                 errors.append(exc)
-        refusals = [exc for exc in errors if isinstance(exc, REFUSED)]
-        raise (refusals or errors)[-1]
+        raise next((exc for exc in errors if isinstance(exc, REFUSED)), errors[-1])
 
     async def _open(self, url: str) -> None:
-        opened = self._expect()
+        self._unblocked = Event()       # up as long as the broker lets us publish
         await self._unblocked.set()
-
-        def on_open(_connection) -> None:
-            if not opened.done():
-                opened.set_result(None)
-
-        self.pika = SelectConnection(
-            pika.URLParameters(url), custom_ioloop=_Services(self._kernel.loop),
-            on_open_callback=on_open, on_open_error_callback=self._on_error,
-            on_close_callback=self._on_error)
+        # pika's constructor is called like a method: its callback gets the connection,
+        # once that is open. If the caller is cancelled before, the connection is closed
+        # then, and not earlier, since pika trips over a close() in the midst of its
+        # handshake. pika itself gives the handshake up after 15 s.
+        self.pika = await self._call(
+            SelectConnection, pika.URLParameters(url), callback="on_open_callback",
+            on_open_error_callback=self._on_error, on_close_callback=self._on_error,
+            custom_ioloop=_Services(self._kernel.loop))
         self.pika.add_on_connection_blocked_callback(self._on_blocked)
         self.pika.add_on_connection_unblocked_callback(self._on_unblocked)
-        try:
-            await _future_wait(opened)
-        except CancelledError:
-            # pika trips over a close() in the midst of its handshake, so the handshake
-            # has to end first. pika itself gives it up after 15 s.
-            self.pika.add_on_open_callback(lambda connection: connection.close())
-            raise
 
     def _on_error(self, connection, error) -> None:
         # pika takes every connection that is lost during the handshake for a refusal. A
@@ -1347,17 +1339,7 @@ class Connection(_Closable):
         self._kernel._end_turn()        # what is acknowledged goes out first
         if not (self.pika.is_closed or self.pika.is_closing):
             self.pika.close()
-        if self.closed is None:
-            await ignore_after(timeout, self.wait_closed())
-
-
-class _Publish:
-    """A message on its way to the broker, until it is confirmed."""
-
-    def __init__(self, confirmed: Future, content: tuple) -> None:
-        self.confirmed = confirmed
-        self.content = content      # exchange, routing key, correlation id, body
-        self.error: AMQPError | None = None     # set if the message was returned
+        await ignore_after(timeout, self.wait_closed())
 
 
 class Channel(_Closable):
@@ -1367,7 +1349,9 @@ class Channel(_Closable):
         super().__init__(kernel)
         self.connection = connection
         self._published = 0
-        self._unconfirmed: dict[int, _Publish] = {}     # by number, in order
+        # By number, in order: the future of the confirm, and the content (exchange,
+        # routing key, correlation id, body) by which a returned message is known.
+        self._unconfirmed: dict[int, tuple[Future, tuple]] = {}
         self._unsettled: dict[int, None] = {}           # delivery tags, in order
         self._acknowledged: set[int] = set()            # said, but not sent yet
 
@@ -1379,26 +1363,22 @@ class Channel(_Closable):
         """
         if method == "basic_consume":
             args, kwargs = self._noting(*args, **kwargs)
-        return await self._call(getattr(self.pika, method), *args, callback="callback",
-                                **kwargs)
+        return await self._call(getattr(self.pika, method), *args, **kwargs)
 
     # -- publishing, on a channel with confirms ----------------------------------------
 
-    async def basic_publish(self, exchange: str, routing_key: str, body: bytes,
-                            properties: pika.BasicProperties) -> None:
+    async def basic_publish(self, exchange, routing_key, body: bytes, properties):
         """Publish, mandatory, on a channel with `confirm`; wait for the confirm.
 
         Raises UnroutableError if no queue takes the message, NackError if the broker
         could not, and what closed the channel if that came first.
         """
         await self.connection._unblocked.wait()
-        confirmed = self._expect()
-        if self.closed is None:
-            self.pika.basic_publish(exchange, routing_key, body, properties,
-                                    mandatory=True)
-            self._published += 1
-            content = exchange, routing_key, properties.correlation_id, body
-            self._unconfirmed[self._published] = _Publish(confirmed, content)
+        confirmed = self._promise()
+        self.pika.basic_publish(exchange, routing_key, body, properties, mandatory=True)
+        self._published += 1
+        content = exchange, routing_key, properties.correlation_id, body
+        self._unconfirmed[self._published] = confirmed, content
         await _future_wait(confirmed)
 
     # A returned message carries no number, but the broker returns a message before it
@@ -1406,27 +1386,23 @@ class Channel(_Closable):
     # content. If there are two of the same content, either may be the one.
     def _on_return(self, _channel, method, properties, body) -> None:
         content = method.exchange, method.routing_key, properties.correlation_id, body
-        for publish in self._unconfirmed.values():
-            if publish.content == content and publish.error is None:
-                publish.error = UnroutableError([method])
+        for confirmed, sent in self._unconfirmed.values():
+            if sent == content and not confirmed.done():
+                confirmed.set_exception(UnroutableError([method]))
                 break
 
     def _on_confirm(self, frame) -> None:
-        confirm = frame.method
-        tags = [confirm.delivery_tag]
-        if confirm.multiple:            # this one and all before it
-            first = next(iter(self._unconfirmed), confirm.delivery_tag)
-            tags = range(first, confirm.delivery_tag + 1)
-        for tag in tags:
-            publish = self._unconfirmed.pop(tag, None)
-            if publish is None or publish.confirmed.done():
-                continue                # its publisher was cancelled
-            if isinstance(confirm, pika.spec.Basic.Nack):
-                publish.error = publish.error or NackError([])
-            if publish.error:
-                publish.confirmed.set_exception(publish.error)
+        first = last = frame.method.delivery_tag
+        if frame.method.multiple:       # this one and all before it
+            first = next(iter(self._unconfirmed), last)
+        for number in range(first, last + 1):
+            confirmed, _content = self._unconfirmed.pop(number, (None, None))
+            if confirmed is None or confirmed.done():
+                continue        # it was returned, or its publisher was cancelled
+            if isinstance(frame.method, pika.spec.Basic.Nack):
+                confirmed.set_exception(NackError([]))
             else:
-                publish.confirmed.set_result(None)
+                confirmed.set_result(None)
 
     # -- consuming: acknowledgements are gathered --------------------------------------
     #
@@ -1447,8 +1423,7 @@ class Channel(_Closable):
     # A message can be settled only on the channel that delivered it. Once that is gone,
     # the broker has taken the message back, so there is nothing left to say.
 
-    def _noting(self, queue: str, on_message_callback: Callable, auto_ack: bool = False,
-                **kwargs: Any) -> tuple[tuple, dict]:
+    def _noting(self, queue, on_message_callback, auto_ack=False, **kwargs):
         def on_message(channel, method, properties, body) -> None:
             if not auto_ack:
                 self._unsettled[method.delivery_tag] = None
@@ -1459,7 +1434,7 @@ class Channel(_Closable):
     def basic_ack(self, delivery_tag: int) -> None:
         """Acknowledge a delivery. Goes out at the end of the turn, with others."""
         if not self._acknowledged:
-            self._kernel._call_at_turn_end(self._send_acknowledged)
+            self._kernel._at_turn_end.append(self._send_acknowledged)
         self._acknowledged.add(delivery_tag)
 
     def basic_nack(self, delivery_tag: int) -> None:
@@ -1472,18 +1447,13 @@ class Channel(_Closable):
         tags, self._acknowledged = self._acknowledged, set()
         if self.closed is not None or not self.pika.is_open:
             return
-        together = 0        # all acknowledged up to this one; 0: none
-        for tag in self._unsettled:
-            if tag not in tags:
-                break
-            together = tag
         for tag in tags:
             self._unsettled.pop(tag, None)
-        if together:
-            self.pika.basic_ack(together, multiple=True)
-        for tag in sorted(tags):
-            if tag > together:
-                self.pika.basic_ack(tag)
+        oldest = next(iter(self._unsettled), FOREVER)       # of those still worked on
+        if below := [tag for tag in tags if tag < oldest]:
+            self.pika.basic_ack(max(below), multiple=True)
+        for tag in sorted(tags.difference(below)):
+            self.pika.basic_ack(tag)
 
 
 class Link:
@@ -1496,17 +1466,15 @@ class Link:
     costs no delivery.
     """
 
-    def __init__(self, urls: Iterable[str],
-                 on_connect: Callable[..., Awaitable]) -> None:
+    def __init__(self, urls: Iterable[str], on_connect: Callable) -> None:
         self._urls = list(urls)
         self._on_connect = on_connect
         self._opening = Semaphore(1)        # one task at a time opens the publisher
-        self._publisher: Channel | None = None
-        self.connection: Connection | None = None       # while the link is up
-        self.channel: Channel | None = None             # likewise
+        # The connection and the channels, while the link is up.
+        self.connection = self.channel = self._publisher = None
         self.up = Event()
-        self.ever_up = False
-        self.was_brief = False      # the last connection did not last MAX_BACKOFF
+        # Whether there ever was a connection; whether the last one was soon lost again.
+        self.ever_up = self.was_brief = False
 
     async def run(self) -> None:
         """Connect, and connect again whenever that ends, until cancelled.
@@ -1517,28 +1485,30 @@ class Link:
         """
         attempts, said = 0, ""
         while True:
-            was_up, reason = await self._stay()
-            if was_up:
+            try:
+                await self._stay()
                 said = ""
                 attempts = attempts if self.was_brief else 0
-            if describe(reason) != said:        # each reason is told once
-                said = describe(reason)
-                log.warning("%s: %s; trying again, at most every %.0f s",
-                            "connection lost" if was_up else
-                            "no connection to the broker", said, MAX_BACKOFF)
+            except AMQPError as exc:
+                hopeless = isinstance(exc, (*REFUSED, ChannelClosedByBroker))
+                if hopeless and not self.ever_up:
+                    raise
+                if describe(exc) != said:       # each reason is told once
+                    said = describe(exc)
+                    log.warning("no connection to the broker: %s; trying again, at "
+                                "most every %.0f s", said, MAX_BACKOFF)
             wait = min(MAX_BACKOFF, 0.5 * 2 ** min(attempts, 10))
             attempts += 1
             # Without the dice, all apps would come back in the same moment.
             await sleep(wait * random.uniform(0.5, 1))
 
-    async def _stay(self) -> tuple[bool, BaseException]:
+    async def _stay(self) -> None:
         """Connect, and stay connected as long as that lasts.
 
-        Returns whether there was a connection, and why there is none any more.
+        Raises what keeps the connection from coming up, but not what ends it later.
         """
-        connection = None
+        connection = await Connection.open(self._urls)
         try:
-            connection = await Connection.open(self._urls)
             channel = await connection.channel()
             await self._on_connect(connection, channel)
             log.log(logging.WARNING if self.ever_up else logging.INFO, "%s to %s",
@@ -1551,30 +1521,22 @@ class Link:
             # cancelled) takes the connection with it: there is one way back.
             reason = await channel.wait_closed()
             self.was_brief = await clock() - began < MAX_BACKOFF
-            return True, reason
-        except AMQPError as exc:
-            if not self.ever_up and isinstance(exc, (*REFUSED, ChannelClosedByBroker)):
-                raise
-            return False, exc
+            log.warning("connection lost: %s; trying again", describe(reason))
         finally:
             self.up.clear()
-            self.connection = self.channel = None
-            if connection is not None:
-                await connection.close()
+            self.connection = self.channel = self._publisher = None
+            await connection.close()
 
-    async def publish(self, exchange: str, routing_key: str, body: bytes,
-                      properties: pika.BasicProperties) -> None:
+    async def publish(self, exchange, routing_key, body: bytes, properties) -> None:
         """Publish with confirm, as soon as there is a connection. Raises as
         `Channel.basic_publish` does; it is the caller who tries again."""
         await self.up.wait()
         async with self._opening:
             if self.connection is None:
                 raise AMQPConnectionError("connection lost")
+            if self._publisher is None or self._publisher.closed:
+                self._publisher = await self.connection.channel(confirm=True)
             publisher = self._publisher
-            if publisher is None or publisher.closed or (
-                    publisher.connection is not self.connection):
-                publisher = await self.connection.channel(confirm=True)
-                self._publisher = publisher
         await publisher.basic_publish(exchange, routing_key, body, properties)
 
 
@@ -1616,7 +1578,7 @@ async def run_in_thread(func: Callable, *args: Any) -> Any:
     """
     kernel = await _get_kernel()
     pool = getattr(kernel, "thread_pool", None) or ThreadPool(kernel, THREADS)
-    return await Call(pool, func, args).result()
+    return await Call(pool, func, args).run()
 
 
 async def run_in_process(func: Callable, *args: Any) -> Any:
@@ -1636,9 +1598,6 @@ async def run_in_process(func: Callable, *args: Any) -> Any:
 class RemoteTraceback(Exception):
     """The traceback of a worker process, as text: the cause of what is raised here."""
 
-    def __str__(self) -> str:
-        return "\n" + self.args[0]
-
 
 class Call:
     """A call on its way through a thread. To the kernel it is a future.
@@ -1647,24 +1606,21 @@ class Call:
     kernel that takes it back. So there are two tickets, locks that are never released:
     whoever acquires a ticket first has it.
 
-        ticket "begin"     the thread has it: the function runs
-                           the kernel has it: the call is taken back, and never runs
-        ticket "end"       the thread has it: the outcome counts
-                           the kernel has it: the thread is abandoned in its midst
+        begin_ticket    the thread has it: the function runs
+                        the kernel has it: the call is taken back, and never runs
+        end_ticket      the thread has it: the outcome counts
+                        the kernel has it: the thread is abandoned in its midst
     """
 
-    __slots__ = ("pool", "func", "args", "context", "limit", "begin", "end", "began",
-                 "outcome", "error", "callback", "alarm")
+    began = outcome = error = alarm = None
 
-    def __init__(self, pool: ThreadPool, func: Callable, args: tuple,
-                 limit: float | None = None) -> None:
+    def __init__(self, pool: ThreadPool, func, args, limit: float | None = None):
         self.pool, self.func, self.args, self.limit = pool, func, args, limit
         # The function sees the context variables of the task that calls it.
         self.context = contextvars.copy_context()
-        self.begin, self.end = threading.Lock(), threading.Lock()
-        self.began = self.outcome = self.error = self.alarm = None
+        self.begin_ticket, self.end_ticket = threading.Lock(), threading.Lock()
 
-    async def result(self) -> Any:
+    async def run(self) -> Any:
         """Run the call; return its result or raise its error.
 
         Raises TimeoutError once it has run for more than `limit` seconds.
@@ -1690,8 +1646,13 @@ class Call:
         self.pool.submit(self)
 
     def take_back(self) -> bool:
-        """Whether the call had not begun. If so, now it never will."""
-        return self.begin.acquire(blocking=False) and self.end.acquire(blocking=False)
+        """Keep the call from ever beginning; False if it has begun.
+
+        The kernel takes both tickets: a later `cancel` has nobody to abandon then.
+        """
+        if not self.begin_ticket.acquire(blocking=False):
+            return False
+        return self.end_ticket.acquire(blocking=False)
 
     def cancel(self) -> None:
         if not self.take_back():
@@ -1724,21 +1685,24 @@ class ThreadPool:
         kernel._call_at_shutdown(self.shutdown)
 
     def submit(self, call: Call) -> None:
+        self._grow()        # first: if the system gives us no thread, nothing went out
         self._calls.put(call)
+
+    def _grow(self) -> None:
         if self._threads < min(self.size, self.in_hand):
-            self._threads += 1
             threading.Thread(target=self._work, daemon=True).start()
+            self._threads += 1
 
     def _work(self) -> None:
         while (call := self._calls.get()) is not None:
             call.began = time.monotonic()
-            if not call.begin.acquire(blocking=False):
+            if not call.begin_ticket.acquire(blocking=False):
                 continue
             try:
                 call.outcome = call.context.run(call.func, *call.args)
             except BaseException as exc:
                 call.error = exc
-            if not call.end.acquire(blocking=False):
+            if not call.end_ticket.acquire(blocking=False):
                 # The kernel has given up this thread, and lets another take its place.
                 self.abandoned.discard(call)
                 return
@@ -1752,10 +1716,11 @@ class ThreadPool:
         thread might take the call out before it is in.
         """
         self.abandoned.add(call)
-        if not call.end.acquire(blocking=False):
+        if not call.end_ticket.acquire(blocking=False):
             self.abandoned.discard(call)
             return False
         self._threads -= 1
+        self._grow()        # calls that wait for a thread must not wait for this one
         log.warning("a thread was abandoned in %s, which still runs (%d of %d)",
                     getattr(call.func, "__qualname__", call.func), len(self.abandoned),
                     self.size)
@@ -1770,11 +1735,7 @@ class ThreadPool:
 # bytes of length and a pickle. That is safe here and only here: the sockets have no
 # name, and at the other end is our own program.
 
-_HEAD = struct.Struct("!I")
-
-
-def _framed(data: bytes) -> bytes:
-    return _HEAD.pack(len(data)) + data
+_HEAD = 4       # the bytes of the length
 
 
 def _process_main(sock: socket.socket) -> None:
@@ -1784,7 +1745,8 @@ def _process_main(sock: socket.socket) -> None:
     # starts would inherit it. What a job forks gets the default handlers, and loses our
     # socket, or nobody would see this process die (chapter 6).
     for number in (signal.SIGINT, signal.SIGTERM):
-        _handled[number] = signal.signal(number, lambda *_: None)
+        signal.signal(number, lambda *_: None)
+        _handled.add(number)
     _connected.add(sock.fileno())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
     # A process that computes reads no socket, so a thread waits for the parent to die.
@@ -1796,40 +1758,38 @@ def _process_main(sock: socket.socket) -> None:
     # Python. What the program said by `socket.setdefaulttimeout` is not for this one.
     sock.setblocking(True)
     stream = open(sock.fileno(), "rb", closefd=False)
-    while head := stream.read(_HEAD.size):
+    while head := stream.read(_HEAD):
         try:
-            func, args = pickle.loads(stream.read(*_HEAD.unpack(head)))
+            func, args = pickle.loads(stream.read(int.from_bytes(head, "big")))
             reply = pickle.dumps((True, func(*args)))
         except BaseException as exc:
             reply = _pickled_exception(exc)
-        sock.sendall(_framed(reply))
+        sock.sendall(len(reply).to_bytes(_HEAD, "big") + reply)
         func = args = reply = None      # hold on to nothing while waiting
 
 
 def _pickled_exception(exc: BaseException) -> bytes:
-    text = "".join(traceback.format_exception(exc))
+    summary = traceback.TracebackException.from_exception(exc)
+    text = "".join(summary.format())
     try:
         reply = pickle.dumps((False, (exc, text)))
         pickle.loads(reply)     # some can be pickled and not unpickled
         return reply
-    except Exception:
-        try:
-            name = f"{type(exc).__name__}: {exc}"
-        except Exception:
-            name = type(exc).__name__
-        return pickle.dumps((False, (WorkerError(name), text)))
+    except Exception:           # the summary gets by even if str(exc) raises
+        error = WorkerError(f"{type(exc).__name__}: {summary}")
+        return pickle.dumps((False, (error, text)))
 
 
 class _Worker:
     """A worker process, as its parent sees it."""
 
     def __init__(self) -> None:
-        import multiprocessing      # here, because the import takes long
-        from multiprocessing import resource_tracker
+        # Here, because the import takes long.
+        from multiprocessing import get_context, resource_tracker
         self.sock, theirs = socket.socketpair()
         self.sock.setblocking(False)
         # multiprocessing hands the number of the socket on to the new process.
-        self.process = multiprocessing.get_context("spawn").Process(
+        self.process = get_context("spawn").Process(
             target=_process_main, args=(theirs,), daemon=True)
         # SIGINT and SIGTERM are blocked until the child has its handlers, or a Ctrl-C
         # in between would end it. Along with the first child multiprocessing starts a
@@ -1843,14 +1803,14 @@ class _Worker:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             theirs.close()
 
-    async def exchange(self, call: bytes) -> tuple[bool, Any]:
+    async def request(self, call: bytes) -> tuple[bool, Any]:
         """Send a call; return (True, its result) or (False, (error, its traceback)).
 
         Raises WorkerLost if the process dies. Whatever is raised, a cancellation, say,
         the process is killed.
         """
         try:
-            view = memoryview(_framed(call))
+            view = memoryview(len(call).to_bytes(_HEAD, "big") + call)
             while view:
                 try:
                     view = view[self.sock.send(view):]
@@ -1864,16 +1824,16 @@ class _Worker:
             raise exc from None
 
     async def _receive(self) -> memoryview:
-        data, size = bytearray(), _HEAD.size
-        while len(data) < size:
+        data = bytearray()
+        # The head says how many bytes come after it. A head cut short reads as some
+        # number from 0 on, and the data are shorter than a head, so the loop goes on.
+        while len(data) < _HEAD + int.from_bytes(data[:_HEAD], "big"):
             await read_wait(self.sock)
             chunk = self.sock.recv(1 << 16)
             if not chunk:
                 raise ConnectionResetError("end of file")
             data += chunk
-            if len(data) >= _HEAD.size:         # now the head says how much will come
-                size = _HEAD.size + _HEAD.unpack_from(data)[0]
-        return memoryview(data)[_HEAD.size:]
+        return memoryview(data)[_HEAD:]
 
     async def _obituary(self) -> WorkerLost:
         # The socket closes a little before the process is gone, and the exit code is
@@ -1899,21 +1859,22 @@ class _Worker:
 class ProcessPool:
     """The worker processes of a kernel, started with the `spawn` method.
 
-    Each new process runs `initializer(*initargs)` before its first call.
+    Each new process runs `initializer(*initargs)` before its first call; `int()` does
+    nothing, but shows that the process is there.
     """
 
-    def __init__(self, kernel: Kernel, size: int, initializer: Callable = int,
-                 initargs: tuple = ()) -> None:
+    def __init__(self, kernel: Kernel, size: int, initializer=int, initargs=()) -> None:
         self.slots = Semaphore(size)
         self._first = pickle.dumps((initializer, initargs))
         self._idle: list[_Worker] = []
-        self._processes: set = set()
+        # multiprocessing itself holds on to those that live, and to no others.
+        self._processes = weakref.WeakSet()
         kernel.process_pool = self
         kernel._call_at_shutdown(self.shutdown)
         # Python joins its children before it exits. Ours end only when they are killed.
         atexit.register(self.shutdown)
 
-    async def call(self, func: Callable, args: tuple, limit: float | None = None) -> Any:
+    async def call(self, func: Callable, args: tuple, limit=None) -> Any:
         """Run `func(*args)` in a process; for those who hold one of the `slots`.
 
         Raises TimeoutError, and kills the process, if that takes more than `limit`
@@ -1922,14 +1883,14 @@ class ProcessPool:
         call = pickle.dumps((func, args))
         worker = await self._take()
         async with ignore_after(limit) as timer:
-            ok, answer = await worker.exchange(call)
+            ok, answer = await worker.request(call)
         if timer.expired:
             raise TimeoutError(f"{limit:g} s")
         self._idle.append(worker)
         if ok:
             return answer
         error, text = answer
-        raise error from RemoteTraceback(text)
+        raise error from RemoteTraceback("\n" + text)
 
     async def _take(self) -> _Worker:
         while self._idle:
@@ -1937,23 +1898,20 @@ class ProcessPool:
             if worker.process.exitcode is None:
                 return worker
             await worker.close()        # it died while it was idle: nobody's loss
-        for pause in 0.5, 2.0, None:
+        for pause in 0, 0.5, 2.0:
+            await sleep(pause)
             try:
                 worker = _Worker()
-                # Asking for the exit code takes a dead child off the system's list.
-                alive = {p for p in self._processes if p.exitcode is None}
-                self._processes = alive | {worker.process}
-                ok, answer = await worker.exchange(self._first)
+                self._processes.add(worker.process)
+                ok, answer = await worker.request(self._first)
                 if ok:
                     return worker
                 await worker.close()
                 error = answer[0]
             except (OSError, WorkerLost) as exc:
                 error = exc
-            if pause is not None:
-                await sleep(pause)
-        raise WorkerStartError("no worker process can be started: "
-                               f"{type(error).__name__}: {error}") from error
+        text = f"no worker process can be started: {error!r}"
+        raise WorkerStartError(text) from error
 
     def shutdown(self) -> None:
         """Kill all and wait for their end."""
@@ -1964,4 +1922,3 @@ class ProcessPool:
             process.join()
         for worker in self._idle:
             worker.sock.close()
-        self._processes, self._idle = set(), []
