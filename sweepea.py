@@ -682,7 +682,7 @@ class Kernel:
         self._rung = False                      # the loop was told of these already
         # While in `run`: its thread, the task that it waits for, the one that runs.
         self._thread = self._main = self._current = None
-        self._at_turn_end: list[Callable[[], Any]] = [] # called, once each, then
+        self._at_turn_end: list[Callable] = []  # each is called once, then
         self._shutdown_funcs: list[Callable[[], Any]] | None = []   # None: it is closed
         self._call_at_shutdown = self._shutdown_funcs.append
         self._traps: dict[str, Callable] = {
@@ -1251,7 +1251,7 @@ class _Closable:
     async def wait_closed(self) -> BaseException:
         """Wait until this is closed; return the reason."""
         try:
-            await _future_wait(self._promise())      # no answer ever comes, but the end
+            await _future_wait(self._promise())     # no answer ever comes, but the end
         except Exception as reason:
             return reason
 
@@ -1292,16 +1292,19 @@ class Connection(_Closable):
     async def _open(self, url: str) -> None:
         self._unblocked = Event()       # up as long as the broker lets us publish
         await self._unblocked.set()
-        # pika's constructor is called like a method: its callback gets the connection,
-        # once that is open. If the caller is cancelled before, the connection is closed
-        # then, and not earlier, since pika trips over a close() in the midst of its
-        # handshake. pika itself gives the handshake up after 15 s.
-        self.pika = await self._call(
-            SelectConnection, pika.URLParameters(url), callback="on_open_callback",
-            on_open_error_callback=self._on_error, on_close_callback=self._on_error,
-            custom_ioloop=_Services(self._kernel.loop))
-        self.pika.add_on_connection_blocked_callback(self._on_blocked)
-        self.pika.add_on_connection_unblocked_callback(self._on_unblocked)
+
+        def connect(on_open_callback: Callable) -> None:
+            self.pika = SelectConnection(
+                pika.URLParameters(url), custom_ioloop=_Services(self._kernel.loop),
+                on_open_callback=on_open_callback, on_close_callback=self._on_error,
+                on_open_error_callback=self._on_error)
+            self.pika.add_on_connection_blocked_callback(self._on_blocked)
+            self.pika.add_on_connection_unblocked_callback(self._on_unblocked)
+
+        # If the caller is cancelled, the connection is closed once it is open (see
+        # `_answer`) and not earlier, since pika trips over a close() in the midst of
+        # its handshake. pika itself gives the handshake up after 15 s.
+        await self._call(connect, callback="on_open_callback")
 
     def _on_error(self, connection, error) -> None:
         # pika takes every connection that is lost during the handshake for a refusal. A
@@ -1698,16 +1701,18 @@ class ThreadPool:
             call.began = time.monotonic()
             if not call.begin_ticket.acquire(blocking=False):
                 continue
+            outcome = error = None
             try:
-                call.outcome = call.context.run(call.func, *call.args)
+                outcome = call.context.run(call.func, *call.args)
             except BaseException as exc:
-                call.error = exc
+                error = exc
             if not call.end_ticket.acquire(blocking=False):
                 # The kernel has given up this thread, and lets another take its place.
                 self.abandoned.discard(call)
                 return
+            call.outcome, call.error = outcome, error
             call.callback(call)
-            del call            # hold on to nothing while waiting
+            del call, outcome, error        # hold on to nothing while waiting
 
     def abandon(self, call: Call) -> bool:
         """Give up the thread that runs the call; False if the call is done after all.
@@ -1720,7 +1725,8 @@ class ThreadPool:
             self.abandoned.discard(call)
             return False
         self._threads -= 1
-        self._grow()        # calls that wait for a thread must not wait for this one
+        with suppress(RuntimeError):    # no thread to be had: `submit` tries again
+            self._grow()
         log.warning("a thread was abandoned in %s, which still runs (%d of %d)",
                     getattr(call.func, "__qualname__", call.func), len(self.abandoned),
                     self.size)
