@@ -125,12 +125,13 @@ class Sender:
         """Send a message, wait for the result of its job and return that.
 
         Parameters and errors as in `call_task`. A Sender can do one call at a time,
-        since two would take each other's replies; and none after a call that timed out,
-        since the reply to that may still come.
+        since two would take each other's replies. The late reply to a call that timed
+        out is dropped by the next one.
         """
         async with sweepea.ignore_after(timeout):
-            await self.send(*args, **options)
-            _ident, reply = await self.replies.get()
+            ident, answered = await self.send(*args, **options), None
+            while answered != ident:
+                answered, reply = await self.replies.get()
             if reply["status"] != "SUCCESS":
                 raise TaskFailed(reply)
             return reply["result"]
@@ -145,6 +146,9 @@ def _moment(when: datetime | float | None) -> str | None:
     """A point in time as Celery writes it; a number counts the seconds from now."""
     if isinstance(when, (int, float)):
         when = datetime.now(timezone.utc) + timedelta(seconds=when)
+    # Without a zone the app would take it for UTC, which in New York is five hours off.
+    if when is not None and when.tzinfo is None:
+        raise ValueError(f"{when} has no time zone: add .astimezone() or tzinfo=")
     return None if when is None else when.isoformat()
 
 
@@ -382,16 +386,21 @@ def main(argv: list[str] | None = None) -> None:
 def demo(config: OliveAppConfig) -> None:
     """Run the app, send it a handful of messages, print what comes back.
 
-    config: the settings of the app. If no broker answers at its URL, a private one is
-    started. Raises BrokerError if that fails.
+    config: the settings of the app. The demo has queues of its own, which it deletes at
+    the end, and so it neither takes nor buries anybody else's messages. If no broker
+    answers at the URL, a private one is started. Raises BrokerError if that fails.
     """
     async def show_all() -> None:
-        # Before the app has declared its queue there is nothing that takes a message.
-        await app._link.up.wait()
         for job in [("add", [2, 3]), ("sleep_n", [0.2]), ("fib", [20]),
                     ("do_nothing", []), ("fail", ["on purpose"]), ("add", [1, 1], 1.5)]:
             await _with_sender(app.config, _show, *job)
         app.stop()
+
+    async def delete(sender: Sender) -> None:
+        channel = await sender.connection.channel()
+        await channel.call("queue_delete", app.config.queue)
+        await channel.call("queue_delete", app.config.dead_queue)
+        await channel.call("exchange_delete", app.config.exchange)
 
     logging.getLogger("pika").setLevel(logging.CRITICAL)
     try:
@@ -400,9 +409,12 @@ def demo(config: OliveAppConfig) -> None:
         what = "no RabbitMQ takes us there: starting a private one ..."
         with private_broker(say=what) as broker:
             return demo(replace(config, url=broker.url))
+    name = f"Olive.demo.{uuid.uuid4().hex[:8]}"
     # The task that fails on purpose would be a warning between the results.
-    app = OliveOly(replace(config, log_level="CRITICAL"))
+    app = OliveOly(replace(config, exchange=f"{name}.x", queue=f"{name}.q",
+                           dead_queue=f"{name}.dead", log_level="CRITICAL"))
     app.start(show_all)
+    sweepea.run(_with_sender, config, delete)
 
 
 async def _show(sender: Sender, name: str, args: list, countdown=None) -> None:

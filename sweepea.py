@@ -1697,6 +1697,7 @@ class ThreadPool:
             self._threads += 1
 
     def _work(self) -> None:
+        pid = os.getpid()
         while (call := self._calls.get()) is not None:
             call.began = time.monotonic()
             if not call.begin_ticket.acquire(blocking=False):
@@ -1706,6 +1707,10 @@ class ThreadPool:
                 outcome = call.context.run(call.func, *call.args)
             except BaseException as exc:
                 error = exc
+            if os.getpid() != pid:
+                # The function has forked, and this is the child, at its end.
+                status = error.code if isinstance(error, SystemExit) else error and 1
+                os._exit(status if isinstance(status, int) else bool(status))
             if not call.end_ticket.acquire(blocking=False):
                 # The kernel has given up this thread, and lets another take its place.
                 self.abandoned.discard(call)

@@ -2201,6 +2201,18 @@ def test_the_traceback_of_a_process_is_the_cause():
     assert "in complain" in str(caught.value.__cause__)
 
 
+@pytest.mark.parametrize("end, status", [
+    (lambda: None, 0), (lambda: sys.exit(3), 3), (lambda: sys.exit("text"), 1),
+    (lambda: 1 / 0, 1)])
+def test_a_child_that_a_thread_forks_comes_to_its_end(end, status):
+    def fork():
+        child = os.fork()
+        return child or end()
+
+    child = run(run_in_thread, fork)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status
+
+
 def test_what_cannot_be_pickled():
     async def main():
         with pytest.raises(sweepea.WorkerError, match="Unpicklable: text") as caught:
@@ -3148,6 +3160,18 @@ def test_no_broker_or_no_queue(client):
     assert sent.stderr.count("\n") == 1
 
 
+def test_a_late_reply_reaches_nobody(live):
+    async def main():
+        sender = await olive_utils.Sender.open(OliveAppConfig.from_env(live.config))
+        with pytest.raises(TimeoutError):
+            await sender.call(0.1, "sleep_n", [0.3])
+        for n in range(3):
+            assert await sender.call(20, "echo", [n]) == [[n], {}]
+        await sender.connection.close()
+
+    run(main)
+
+
 def test_sending_from_a_program(live, monkeypatch):
     for name, value in live.config.items():
         monkeypatch.setenv(name, value)
@@ -3165,6 +3189,9 @@ def test_sending_from_a_program(live, monkeypatch):
     buried(live, "failed")
     with pytest.raises(olive_utils.TaskFailed, match="TaskRevokedError: expired"):
         olive_utils.call_task("add", (2, 3), expires=eta - timedelta(days=1))
+    for when in {"eta": datetime.now()}, {"expires": datetime.now()}:
+        with pytest.raises(ValueError, match="has no time zone"):
+            olive_utils.send_task("add", (2, 3), **when)
     with pytest.raises(TimeoutError, match="no answer within 0.1 s"):
         olive_utils.call_task("sleep_n", [0.5], timeout=0.1)
     live.app.wait_for("'sleep_n'")
@@ -3361,7 +3388,7 @@ def test_the_port_of_a_broker_of_ones_own_is_in_use():
     assert app.log.startswith("olive: port 5672 is in use") and len(app.lines) == 1
 
 
-def test_the_demo(client):
+def test_the_demo(client, broker):
     app = App(client.config, "--demo")
     assert app.wait() == 0
     shown = re.sub(r"  \(\d+ ms\)$", "", app.log, flags=re.M)
@@ -3372,6 +3399,9 @@ do_nothing() -> None
 fail('on purpose') -> failed: RuntimeError: on purpose
 add(1, 1, countdown=1.5) -> 2
 """
+    assert "Olive.demo" not in broker.ctl("list_queues", "name")
+    assert "Olive.demo" not in broker.ctl("list_exchanges", "name")
+    assert client.config["OLIVE_QUEUE"] not in broker.ctl("list_queues", "name")
 
 
 def test_a_process_that_cannot_be_started_is_no_fault_of_the_message(client, tmp_path):
