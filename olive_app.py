@@ -584,8 +584,11 @@ class OliveOly:
     # through, and then fails from inside. Without what follows, such a message would
     # come back each time with a window full of others, whose counts would rise with it.
     # So after a connection that did not last, the consumer may hold one message only,
-    # until something was settled; or for a while, as the one may belong to a long job
-    # in hand. A consumer's window cannot be changed, so another takes its place.
+    # and twice as many each time that something was settled. The innocent are done
+    # before the window is wide again, and in the end the killer comes back alone. If
+    # nothing is settled for a while, all that is in hand may be long jobs, and the
+    # window becomes what it was. A consumer's window cannot be changed, so each time
+    # another consumer takes its place.
 
     async def _consume(self, channel: sweepea.Channel, prefetch: int) -> None:
         """Start a consumer; what is in hand of the ones before stays in hand."""
@@ -599,11 +602,17 @@ class OliveOly:
 
     async def _widen(self, channel: sweepea.Channel) -> None:
         await self._link.up.wait()
-        await ignore_after(sweepea.MAX_BACKOFF, self._settled.wait())
-        if channel.closed is None and self._consumers:      # a stop leaves it empty
+        window, full = 1, self.config.prefetch
+        while window < full:
+            self._settled.clear()
+            async with ignore_after(sweepea.MAX_BACKOFF) as timer:
+                await self._settled.wait()
+            if channel.closed is not None or self._stop.is_set():
+                return
+            window = full if timer.expired else min(2 * window, full)
             narrow = self._consumers.pop()
             with suppress(AMQPError):       # if it is lost again, the link says so
-                await self._consume(channel, self.config.prefetch)
+                await self._consume(channel, window)
                 await channel.call("basic_cancel", narrow)
 
     # -- starting ----------------------------------------------------------------------
@@ -668,7 +677,6 @@ class OliveOly:
         await spawn(self._guard, channel)
         self._consumers = []
         if self._link.was_brief:
-            self._settled.clear()
             await spawn(self._widen, channel)
         await self._consume(channel, 1 if self._link.was_brief else
                             self.config.prefetch)
