@@ -35,7 +35,6 @@ import copy
 import functools
 import importlib
 import inspect
-import itertools
 import json
 import logging
 import os
@@ -45,7 +44,7 @@ import sys
 import time
 import traceback
 import uuid
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
@@ -55,9 +54,7 @@ import pika
 from pika.exceptions import AMQPError, ChannelClosedByBroker
 
 import sweepea
-from sweepea import (
-    Call, CancelledError, Event, Kernel, Link, ProcessPool, SchedBarrier, ThreadPool,
-    WorkerLost, WorkerStartError, current_task, describe, ignore_after, sleep, spawn)
+from sweepea import Call, Event, WorkerLost, describe, ignore_after, sleep, spawn
 
 log = logging.getLogger("olive")
 
@@ -72,8 +69,7 @@ PATIENCE = 180.0            # seconds that a job waits for its message to come b
 # because a message says so. What is not in the registry below cannot be called.
 # =====================================================================================
 
-@dataclass(frozen=True)
-class OliveTask:
+class OliveTask(NamedTuple):
     """A registered function and how it is to be run."""
 
     function: Callable
@@ -86,9 +82,7 @@ class OliveTask:
 TASKS: dict[str, OliveTask] = {}
 
 
-def task(name: str | Callable | None = None, worker: str | None = None,
-         timeout: float | None = None, retries: int = 0,
-         retry_delay: float = 1.0) -> Callable:
+def task(name=None, worker=None, timeout=None, retries=0, retry_delay=1.0) -> Callable:
     """Register a function as a task: `@task` or `@task(worker="process", retries=3)`.
 
     `name` defaults to the function's; a coroutine function runs on the kernel. After
@@ -97,6 +91,9 @@ def task(name: str | Callable | None = None, worker: str | None = None,
     ValueError for a name that is taken. The idea of a decorator that is the whole API
     is Huey's.
     """
+    if callable(name):      # `@task` without brackets: the function itself came here
+        return task()(name)
+
     def register(function: Callable) -> Callable:
         key = name or function.__name__
         if key in TASKS:
@@ -104,9 +101,6 @@ def task(name: str | Callable | None = None, worker: str | None = None,
         TASKS[key] = OliveTask(function, worker, timeout, retries, retry_delay)
         return function
 
-    if callable(name):      # `@task` without brackets: the function itself came here
-        function, name = name, None
-        return register(function)
     if worker not in (None, "thread", "process"):
         raise ValueError(f"worker must be 'thread' or 'process', not {worker!r}")
     if not (timeout is None or timeout > 0) or retry_delay < 0 or not (
@@ -172,47 +166,13 @@ def load_tasks(modules: tuple[str, ...]) -> None:
 #     after the reply                  to somebody else      runs again    gets two
 #     after the acknowledgement        is gone               ran once      has a reply
 #
-# Some words have one meaning each below. A message is *settled* when it is acknowledged
-# after the reply, or after a copy was confirmed. To *bury* a message is to settle it by
-# a copy in the dead queue. A job that has not begun can be *let go*: nobody here will
-# settle its message; at a stop the message is also *given back*, by a nack. To *give
-# up* a message is to await it no longer.
+# Some words have one meaning each below. A `Job` is a message in hand and what it asks
+# for; the section "Messages" has a picture of its states. A message is *settled* when
+# it is acknowledged after the reply, or after a copy was confirmed. To *bury* a message
+# is to settle it by a copy in the dead queue. A job that has not begun can be *let go*:
+# nobody here will settle its message, which is also *given back*, by a nack, if there
+# is still somebody to take it. To *give up* a message is to await it no longer.
 # =====================================================================================
-
-class Job:
-    """A message in hand and what it asks for, from delivery until it is settled.
-
-    After the start four fields change. `channel` and `tag` are the delivery; the
-    channel is None once the job is let go. `begun` is set as soon as anything is done
-    that a second time would do again; `call` is the job's way through a thread, which
-    knows for itself whether it has begun.
-
-        channel open       waits -----> runs -----> done ------> settled
-                             |            |           |             ^
-        channel closed    let go        runs -----> done            |
-                                                      |             |
-                                                 awaits its --------+ delivered again
-                                                  message
-                                                      |
-                                              let go, after PATIENCE or at a stop
-    """
-
-    def __init__(self, channel: sweepea.Channel, method, properties, body) -> None:
-        self.channel, self.tag = channel, method.delivery_tag
-        self.begun, self.call = False, None
-        self.properties, self.body = properties, body
-        self.headers = properties.headers or {}
-        self.name = "?"                 # for the log, until the request is read
-        self.times_back = 0                # how often the message has come back
-        self.isolated = bool(self.headers.get("x-olive-isolated"))  # it may kill us
-        self.kernel_task: sweepea.Task | None = None
-
-    @property
-    def key(self) -> tuple:
-        """Equal for two deliveries of one message; different for a copy of it, which
-        has a message_id of its own. (`repr`, as a header may be a list, say.)"""
-        return repr(self.headers.get("id")), self.properties.message_id, self.body
-
 
 class OliveOly:
     """The app. `OliveOly(config).start()` runs until it is told to stop."""
@@ -222,7 +182,7 @@ class OliveOly:
         self._stop, self._status = Event(), 0
         self._in_hand: set[Job] = set()
         self._awaited: dict[tuple, Job] = {}    # by key: the message shall come again
-        self._news = SchedBarrier()             # where jobs wait for their message
+        self._news = sweepea.SchedBarrier()     # where jobs wait for their message
         self._settled = Event()                 # a message has been, on this connection
         self._consumers: list[str] = []         # their tags, on the link's channel
         self._trace = Trace(self.config.trace)
@@ -236,7 +196,7 @@ class OliveOly:
 
     # -- the plain life of a message ---------------------------------------------------
 
-    def _on_message(self, channel: sweepea.Channel, method, properties, body) -> None:
+    def _on_message(self, channel, _pika_channel, method, properties, body) -> None:
         """A message is delivered: a kernel task of its own lives its life."""
         if self._stop.is_set():
             return                      # it goes back when the connection is closed
@@ -252,30 +212,29 @@ class OliveOly:
         """Find out what the message asks for, do it, and settle the message."""
         began = time.time()
         try:
-            request = await self._read(job)
-            if request:
-                outcome = await self._run(job, request)
+            if await self._is_due(job):
+                outcome = await self._run(job)
                 job.begun = True        # a thread that was given the job has done it
                 log.debug("%s: %s", job.name, outcome.status)
-                if outcome.status == "done":
-                    if outcome.error:
-                        log.warning("%s: %s", job.name, _shown(outcome.error.text))
-                    await self._settle(job, outcome.reply)
+                if outcome.status != "done":
+                    await self._retry_or_bury(job, outcome)
                 else:
-                    await self._retry_or_bury(job, request, outcome)
+                    if outcome.kind:
+                        log.warning("%s: %s", job.name, _shown(outcome.text))
+                    await self._settle(job, outcome.reply)
         except Exception as exc:        # a fault of ours must not hold the message
             log.exception("%s: a fault of the app", job.name)
-            await self._bury(job, None, _failure("failed", exc))
+            await self._bury(job, _failure("failed", None, exc))
         finally:
             self._in_hand.discard(job)
             self._trace.slice(job, began)
 
-    async def _run(self, job: Job, request: Request) -> Outcome:
+    async def _run(self, job: Job) -> Outcome:
         """Run the job where it belongs: on the kernel, in a thread, in a process."""
-        registered = TASKS[request.name]
-        limits = [limit for limit in (registered.timeout, request.limit) if limit]
+        registered = TASKS[job.task]
+        limits = [limit for limit in (registered.timeout, job.limit) if limit]
         limit = min(limits, default=self.config.task_timeout)
-        what = request.name, request.id, job.body
+        what = job.task, job.id, job.body
         try:
             if inspect.iscoroutinefunction(registered.function):
                 return await self._run_coroutine(job, what, limit)
@@ -289,26 +248,29 @@ class OliveOly:
             job.call = Call(self._threads, _execute, what, limit)
             return await job.call.run()
         except TimeoutError:
-            self._look_at_threads()
-            return _failure("timeout", TimeLimitExceeded(f"{limit:g} s"))
+            return _failure("timeout", job.id, TimeLimitExceeded(f"{limit:g} s"))
         except WorkerLost as exc:
-            return _failure("worker-lost", WorkerLostError(str(exc)))
-        except WorkerStartError as exc:
+            return _failure("worker-lost", job.id, WorkerLostError(str(exc)))
+        except sweepea.WorkerStartError as exc:
             # No fault of the message, which goes back when the connection is closed.
             log.error("%s: stopping, to be started afresh", exc)
             self.stop(1)
             raise sweepea.TaskCancelled("no worker") from None
         except Exception as exc:
-            return _failure("failed", exc)
+            return _failure("failed", job.id, exc)
 
     async def _run_coroutine(self, job: Job, what: tuple, limit) -> Outcome:
         self._begin(job)
         job.kernel_task.name = job.name     # a task that blocks the loop is named
         if limit is None:
-            return await _perform(*what, on_kernel=True)
+            outcome = await _perform(*what)
+            # Where the app wanted the end of the job, the user's function did not fail.
+            if job.kernel_task.cancelled:
+                raise sweepea.TaskCancelled
+            return outcome
         # A coroutine may swallow its cancellation. So it runs in a task of its own, and
         # its message need not wait for it.
-        child = await spawn(_perform(*what, on_kernel=True))
+        child = await spawn(_perform(*what))
         child.name = job.name
         try:
             await ignore_after(limit, child.wait())
@@ -331,7 +293,7 @@ class OliveOly:
         address = job.properties.reply_to
         # A direct reply-to is no queue, and a malformed one has the broker close the
         # connection. A message that came back so often may have such an address.
-        if job.isolated and address and address.startswith(DIRECT_REPLY):
+        if job.isolated and address and address.startswith("amq.rabbitmq.reply-to"):
             address = None
         if reply and address and channel and channel.pika.is_open:
             channel.pika.basic_publish("", address, reply, pika.BasicProperties(
@@ -350,51 +312,46 @@ class OliveOly:
     # again after each restart. So it is put into the dead queue with the reason, where
     # a person can look at it, and its sender is told.
 
-    async def _read(self, job: Job) -> Request | None:
-        """Find out what a message asks for; None if it is settled without a run."""
+    async def _is_due(self, job: Job) -> bool | None:
+        """Whether to run a job now; if not, its message is settled here."""
         try:
-            request = Request(job.properties)
+            job.read()
         except ValueError as exc:
-            return await self._bury(job, None, _failure("malformed", exc))
-        job.name = f"{_shown(request.name)}[{_shown(request.id)[1:-1]}]"
+            if job.times_back < BURIED:
+                return await self._bury(job, _failure("malformed", None, exc))
         if job.times_back >= BURIED:
             error = RuntimeError(f"came back {job.times_back} times: does it kill us?")
-            return await self._bury(job, None, _failure("returned", error))
+            # Of what came back so often, even the reply may be what kills us.
+            returned = _failure("returned", None, error)._replace(reply=b"")
+            return await self._bury(job, returned)
         now = datetime.now(timezone.utc)
-        if request.expires and now > request.expires:
+        if job.expires and now > job.expires:
             log.info("%s has expired", job.name)
-            error = _failure("expired", TaskRevokedError("expired")).error
-            return await self._settle(job, _error_answer(request.id, "REVOKED", error))
-        wait = (request.eta - now).total_seconds() if request.eta else 0
+            late = _failure("expired", job.id, TaskRevokedError("expired"), "REVOKED")
+            return await self._settle(job, late.reply)
+        wait = (job.eta - now).total_seconds() if job.eta else 0
         if wait >= 1:
             return await self._wait(job, wait)
         if wait > 0:
             await sleep(wait)           # what is too short for the ladder
-        if request.name.startswith("celery."):
-            exc = Unsupported(f"{request.name} is not supported: {INSTEAD}")
-            return await self._bury(job, request, _failure("unsupported", exc))
-        if request.name not in TASKS:
-            exc = NotRegistered(request.name)
-            return await self._bury(job, request, _failure("unknown-task", exc))
-        return request
+        if job.task.startswith("celery."):
+            exc = Unsupported(f"{job.task} is not supported: {INSTEAD}")
+            return await self._bury(job, _failure("unsupported", job.id, exc))
+        if job.task not in TASKS:
+            exc = NotRegistered(job.task)
+            return await self._bury(job, _failure("unknown-task", job.id, exc))
+        return True
 
-    async def _bury(self, job: Job, request: Request | None, outcome: Outcome) -> None:
+    async def _bury(self, job: Job, outcome: Outcome) -> None:
         """Put a message into the dead queue with the reason, and tell its sender."""
-        reason, _, error = outcome
-        reply = _error_answer(request and request.id, "FAILURE", error)
-        # Of what came back so often, even the reply may be what kills us.
-        if reason == "returned":
-            reply = None
+        reason, reply, kind, text, trace = outcome
         is_dead = await self._move(job, "", self.config.dead_queue, reply, **{
-            "x-olive-reason": reason,
-            "x-olive-error": f"{error.kind}: {error.text}"[:MAX_ERROR],
-            "x-olive-traceback": error.traceback})
+            "x-olive-reason": reason, "x-olive-traceback": trace,
+            "x-olive-error": f"{kind}: {text}"[:MAX_ERROR]})
         if is_dead:                     # else its message is somebody else's now
-            log.warning("%s is dead (%s): %s: %s", job.name, reason, error.kind,
-                        _shown(error.text))
+            log.warning("%s is dead (%s): %s: %s", job.name, reason, kind, _shown(text))
 
-    async def _move(self, job: Job, exchange: str, key: str, reply: bytes | None = None,
-                    **changes: Any) -> bool:
+    async def _move(self, job: Job, exchange, key, reply=None, **changes) -> bool:
         """Publish a copy of a message, some headers changed; then settle the message.
         False if nothing was published, since the message is not in hand.
 
@@ -404,36 +361,32 @@ class OliveOly:
         self._begin(job)
         if job.isolated:
             changes["x-olive-isolated"] = True      # the copy's own count begins at 0
-        properties = republished(job.properties, **changes)
-        is_published = await self._publish(job, exchange, key, properties)
-        if is_published and await self._has_message(job):
-            await self._settle(job, reply)
-        return is_published
-
-    async def _publish(self, job: Job, exchange: str, key: str,
-                       properties: pika.BasicProperties) -> bool:
-        """Publish until it is confirmed; False if the job's message is not in hand."""
-        for attempt in itertools.count():
-            if not await self._has_message(job):
-                return False
+        properties, pause = republished(job.properties, **changes), 0.1
+        while await self._has_message(job):
             try:
                 await self._link.publish(exchange, key, job.body, properties)
-                return True
             except AMQPError as exc:
-                error = exc
-            await sleep(min(sweepea.MAX_BACKOFF, 0.1 * 2 ** min(attempt, 10)))
-            if self._link.connection is None:
-                continue                # the link says so, and declares everything anew
-            log.warning("could not publish to %s: %s; trying again", exchange or key,
-                        describe(error))
-            # Somebody may have deleted what we publish to. A declaration that fails
-            # closes its channel, which must not be that of the deliveries.
-            try:
-                channel = await self._link.connection.channel()
-                await declare_topology(channel, self.config)
-                channel.pika.close()
-            except AMQPError as exc:
-                log.warning("could not declare the topology: %s", describe(exc))
+                await sleep(pause)
+                pause = min(2 * pause, sweepea.MAX_BACKOFF)
+                await self._declare_anew(exchange or key, describe(exc))
+                continue
+            if await self._has_message(job):
+                await self._settle(job, reply)
+            return True
+        return False
+
+    async def _declare_anew(self, target: str, reason: str) -> None:
+        # Somebody may have deleted what we publish to. A declaration that fails closes
+        # its channel, which must not be that of the deliveries.
+        if self._link.connection is None:
+            return                      # the link says so, and declares everything anew
+        log.warning("could not publish to %s: %s; trying again", target, reason)
+        try:
+            channel = await self._link.connection.channel()
+            await declare_topology(channel, self.config)
+            channel.pika.close()
+        except AMQPError as exc:
+            log.warning("could not declare the topology: %s", describe(exc))
 
     # -- what can go wrong: the task ---------------------------------------------------
     #
@@ -442,40 +395,35 @@ class OliveOly:
     # keep a thousand that failed together from coming back together. The pause is spent
     # in the broker (see "The ladder"): here it would hold a place in the window.
 
-    async def _retry_or_bury(self, job: Job, request: Request,
-                             outcome: Outcome) -> None:
+    async def _retry_or_bury(self, job: Job, outcome: Outcome) -> None:
         """Have a job that failed tried again, or bury it."""
-        registered, error = TASKS[request.name], outcome.error
-        retries = registered.retries
-        if outcome.status == "worker-lost" and not job.isolated:
-            # The kernel's OOM killer, say, may have picked this process because others
-            # used the memory. A job that was isolated has no such excuse.
-            retries = max(retries, 1)
-        may_retry = outcome.status in ("failed", "timeout", "worker-lost")
-        if not may_retry or request.retries >= retries:
-            return await self._bury(job, request, outcome)
-        pause = registered.retry_delay * 2 ** min(request.retries, 20)
-        pause *= random.uniform(1, 1.25)
-        log.info("%s: %s: %s; try %d of %d in %.1f s", job.name, error.kind,
-                 _shown(error.text), request.retries + 2, retries + 1, pause)
-        eta = datetime.now(timezone.utc) + timedelta(seconds=pause)
-        await self._wait(job, pause, retries=request.retries + 1, eta=eta.isoformat())
-
-    async def _wait(self, job: Job, seconds: float, **changes: Any) -> None:
-        """Have a copy of the message come back later."""
-        if seconds < 1:                 # at once, and `_read` sleeps so long
-            await self._move(job, "", self.config.queue, **changes)
-        else:
-            await self._move(job, wait_name(LADDER - 1),
-                             wait_key(seconds, self.config.queue), **changes)
-
-    def _look_at_threads(self) -> None:
         # A thread that hangs cannot be killed, only replaced, and it keeps what it has.
         # A supervisor can do what we cannot: start the program afresh.
         if len(self._threads.abandoned) >= self._threads.size:
             log.error("every thread hangs in a task that does not end: stopping, to be "
                       "started afresh")
             self.stop(1)
+        registered = TASKS[job.task]
+        retries = registered.retries
+        if outcome.status == "worker-lost" and not job.isolated:
+            # The kernel's OOM killer, say, may have picked this process because others
+            # used the memory. A job that was isolated has no such excuse.
+            retries = max(retries, 1)
+        may_retry = outcome.status in ("failed", "timeout", "worker-lost")
+        if not may_retry or job.retries >= retries:
+            return await self._bury(job, outcome)
+        pause = registered.retry_delay * 2 ** min(job.retries, 20)
+        pause *= random.uniform(1, 1.25)
+        log.info("%s: %s: %s; try %d of %d in %.1f s", job.name, outcome.kind,
+                 _shown(outcome.text), job.retries + 2, retries + 1, pause)
+        eta = datetime.now(timezone.utc) + timedelta(seconds=pause)
+        await self._wait(job, pause, retries=job.retries + 1, eta=eta.isoformat())
+
+    async def _wait(self, job: Job, seconds: float, **changes: Any) -> None:
+        """Have a copy of the message come back later. What waits for less than a second
+        falls straight through the ladder, and `_is_due` sleeps so long."""
+        key = wait_key(seconds, self.config.queue)
+        await self._move(job, wait_name(LADDER - 1), key, **changes)
 
     # -- what can go wrong: a message that kills us ------------------------------------
     #
@@ -519,40 +467,31 @@ class OliveOly:
     # then the job is done again, as at-least-once allows.
 
     async def _guard(self, channel: sweepea.Channel) -> None:
-        """Watch over what is in hand, from one connection to the next."""
-        awaiting = list(self._awaited.values())
-        await ignore_after(PATIENCE, channel.wait_closed())
-        if channel.closed is None:
-            await self._give_up(awaiting)
-            await channel.wait_closed()
-        for job in list(self._in_hand):
-            await self._let_go(job)
-
-    async def _await_messages(self) -> None:
-        """The connection is back: what runs, or is done, awaits its message."""
+        """Watch over what is in hand, from the start of a connection to its end."""
+        # What was in hand when the connection before was lost awaits its message.
         for job in self._in_hand:
             if job.channel is not None and job.channel.closed is not None:
                 # Two jobs of one key cannot be told apart: one gets the next delivery.
                 if self._awaited.setdefault(job.key, job) is not job:
                     job.channel = None
         await self._news.wake()
-
-    async def _give_up(self, jobs: list[Job]) -> None:
-        """Await the messages of these jobs no longer."""
-        for job in jobs:
-            if self._awaited.get(job.key) is job:
-                del self._awaited[job.key]
+        await ignore_after(PATIENCE, channel.wait_closed())
+        if channel.closed is None:          # what is not back by now is given up
+            for job in self._awaited.values():
                 job.channel = None
-        await self._news.wake()
+            self._awaited.clear()
+            await self._news.wake()
+            await channel.wait_closed()
+        for job in list(self._in_hand):
+            await self._let_go(job)
 
     def _came_back(self, again: Job) -> bool:
         """Hand a delivery to the job in hand that awaits it, if there is one."""
         job = self._awaited.pop(again.key, None)
-        if job is None:
-            return False
-        job.channel, job.tag = again.channel, again.tag
-        self._kernel._spawn(self._news.wake())
-        return True
+        if job is not None:
+            job.channel, job.tag = again.channel, again.tag
+            self._kernel._spawn(self._news.wake())
+        return job is not None
 
     async def _has_message(self, job: Job) -> bool:
         """Whether a job can settle its message; waits while the message is awaited."""
@@ -562,15 +501,15 @@ class OliveOly:
             await self._news.suspend("MESSAGE_WAIT")
         return job.channel is not None
 
-    async def _let_go(self, job: Job) -> bool:
-        """Drop a job that has not begun; False if it has."""
-        if job.begun:
-            return False
+    async def _let_go(self, job: Job) -> None:
+        """Drop a job that has not begun, and give its message back."""
+        if job.begun or job.channel is None:
+            return
         if job.call is not None and not job.call.take_back():
-            return False                # a thread has begun it
+            return                      # a thread has begun it
+        job.channel.basic_nack(job.tag)     # a channel that is closed says nothing
         job.channel = None
         await job.kernel_task.cancel(blocking=False)
-        return True
 
     def _begin(self, job: Job) -> None:
         """From here on the job cannot be let go any more."""
@@ -588,13 +527,10 @@ class OliveOly:
     # before the window is wide again, and in the end the killer comes back alone. If
     # nothing is settled for a while, all that is in hand may be long jobs, and the
     # window becomes what it was. A consumer's window cannot be changed, so each time
-    # another consumer takes its place.
+    # another consumer takes its place; what is in hand of the one before stays so.
 
     async def _consume(self, channel: sweepea.Channel, prefetch: int) -> None:
-        """Start a consumer; what is in hand of the ones before stays in hand."""
-        def on_message(_channel, *message) -> None:
-            self._on_message(channel, *message)
-
+        on_message = functools.partial(self._on_message, channel)
         if not self._stop.is_set():
             await channel.call("basic_qos", prefetch_count=prefetch)
             frame = await channel.call("basic_consume", self.config.queue, on_message)
@@ -628,22 +564,20 @@ class OliveOly:
             level=self.config.log_level, format="%(asctime)s %(levelname)s %(message)s")
         # What pika reports, the link says in one line.
         logging.getLogger("pika").setLevel(logging.CRITICAL)
-        numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
-        with sweepea.signals(*numbers) as incoming, Kernel() as kernel:
-            try:
+        with sweepea.signals(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as incoming:
+            # The kernel ends before the trace: jobs that it cancels have slices, too.
+            with closing(self._trace), sweepea.Kernel() as kernel:
                 kernel.run(self._main, incoming, background)
-            finally:
-                self._trace.close()
         if self._status:
             raise SystemExit(self._status)
 
     async def _main(self, incoming, background: tuple) -> None:
         config = self.config
         self._kernel = kernel = await sweepea._get_kernel()
-        self._threads = ThreadPool(kernel, config.threads)
-        self._processes = ProcessPool(kernel, config.processes, load_tasks,
-                                      (config.tasks,))
-        self._link = Link(config.urls, self._on_connect)
+        self._threads = sweepea.ThreadPool(kernel, config.threads)
+        self._processes = sweepea.ProcessPool(
+            kernel, config.processes, load_tasks, (config.tasks,))
+        self._link = sweepea.Link(config.urls, self._on_connect)
         await spawn(self._obey, incoming)
         link = await spawn(self._stay_connected)
         for corofunc in background:
@@ -673,7 +607,6 @@ class OliveOly:
     async def _on_connect(self, connection, channel: sweepea.Channel) -> None:
         """Called by the link for each new connection, before it counts as up."""
         await declare_topology(channel, self.config)
-        await self._await_messages()
         await spawn(self._guard, channel)
         self._consumers = []
         if self._link.was_brief:
@@ -709,17 +642,14 @@ class OliveOly:
 
         In this order, or what is given back would come straight in again.
         """
-        await self._give_up(list(self._awaited.values()))
+        await self._news.wake()             # a stop is a reason to await no message
         if channel := self._link.channel:
             with suppress(AMQPError):       # or it is lost just now, and they with it
                 for consumer in self._consumers:
                     await channel.call("basic_cancel", consumer)
-        jobs = list(self._in_hand)
-        for job in jobs:
-            channel = job.channel           # which a job that is let go loses
-            if await self._let_go(job):
-                channel.basic_nack(job.tag)
-        for job in jobs:
+        for job in list(self._in_hand):
+            await self._let_go(job)
+        for job in list(self._in_hand):
             await job.kernel_task.wait()
 
 
@@ -785,49 +715,42 @@ class Trace:
 
 MAX_RESULT = 16 << 20                       # bytes of JSON: RabbitMQ 4's own limit
 MAX_ERROR, MAX_TRACEBACK = 1_000, 16_000    # characters that the dead queue keeps
-# Celery's clients know these by name, and where they live:
-MODULES = {"NotRegistered": "celery.exceptions",
-           "TaskRevokedError": "celery.exceptions",
-           "TimeLimitExceeded": "billiard.exceptions",
-           "WorkerLostError": "billiard.exceptions"}
-
-
 INSTEAD = "instead, write a task that is a coroutine and calls the others"
 
 
-class Error(NamedTuple):
-    """An exception as the reply and the dead queue show it."""
-    kind: str           # the name of its class
-    module: str         # where that class lives
-    text: str
-    traceback: str
-
-
 class Outcome(NamedTuple):
-    """What came of a job."""
+    """What came of a job; of what went wrong, also what the dead queue shows."""
     status: str                     # "done", or a reason of the dead queue's
-    reply: bytes | None = None      # the body of the reply, if the job is done
-    error: Error | None = None      # what went wrong, if anything did
+    reply: bytes                    # the body of the reply
+    kind: str = ""                  # the name of the exception's class
+    text: str = ""
+    traceback: str = ""
 
 
 class Unsupported(Exception):
     """The message asks for something that Sweepea does not have."""
 
 
+# Celery's clients know these by name and module: a reply says that they live there.
+
 class NotRegistered(Exception):
     """There is no task of that name here."""
-
-
-class TimeLimitExceeded(Exception):
-    """The task ran longer than it may."""
+    __module__ = "celery.exceptions"
 
 
 class TaskRevokedError(Exception):
     """The message expired before its job began."""
+    __module__ = "celery.exceptions"
+
+
+class TimeLimitExceeded(Exception):
+    """The task ran longer than it may."""
+    __module__ = "billiard.exceptions"
 
 
 class WorkerLostError(Exception):
     """The process died that ran the job, or the job raised SystemExit or the like."""
+    __module__ = "billiard.exceptions"
 
 
 def _decode(body: bytes) -> tuple[list, dict]:
@@ -841,18 +764,16 @@ def _decode(body: bytes) -> tuple[list, dict]:
         raise ValueError(f"{constant} is not JSON")
 
     try:
-        args, kwargs, embed = json.loads(body.decode(), parse_constant=refuse)
+        asked = json.loads(body.decode(), parse_constant=refuse)
     except RecursionError:
         raise ValueError("the body is nested too deeply") from None
-    except TypeError:
-        raise ValueError("the body is not [args, kwargs, embed]") from None
-    if not (isinstance(args, list) and isinstance(kwargs, dict)
-            and isinstance(embed, (dict, type(None)))):
-        raise ValueError("the body is not [args, kwargs, embed]")
-    for key in "chain", "chord", "callbacks", "errbacks":
-        if embed and embed.get(key):
-            raise Unsupported(f"{key} is not supported: {INSTEAD}")
-    return args, kwargs
+    match asked:
+        case [list(args), dict(kwargs), dict() | None as embed]:
+            for key in "chain", "chord", "callbacks", "errbacks":
+                if embed and embed.get(key):
+                    raise Unsupported(f"{key} is not supported: {INSTEAD}")
+            return args, kwargs
+    raise ValueError("the body is not [args, kwargs, embed]")
 
 
 def _answer(ident: str | None, status: str, result: Any, trace: str | None) -> bytes:
@@ -861,27 +782,21 @@ def _answer(ident: str | None, status: str, result: Any, trace: str | None) -> b
                        "traceback": trace, "children": []}, allow_nan=False).encode()
 
 
-def _error_answer(ident: str | None, status: str, error: Error) -> bytes:
-    """The body of a reply that says what went wrong."""
-    kind, module = error.kind, error.module
-    if kind in ("SystemExit", "KeyboardInterrupt", "GeneratorExit"):
-        # A client raises what it gets, and would leave by these.
-        kind, module = "WorkerLostError", MODULES["WorkerLostError"]
-    return _answer(ident, status, {"exc_type": kind, "exc_message": [error.text],
-                                   "exc_module": module}, error.traceback)
-
-
-def _failure(reason: str, exc: BaseException) -> Outcome:
+def _failure(reason: str, ident: str | None, exc: BaseException, status="FAILURE",
+             remark="") -> Outcome:
     """Make an outcome of an exception. Texts are cut: they travel in headers."""
     try:
-        text = str(exc)
+        text = remark + str(exc)
         trace = "".join(traceback.format_exception(exc)) if exc.__traceback__ else ""
     except BaseException:       # an exception whose str() raises
         text, trace = "(no text)", "".join(traceback.format_tb(exc.__traceback__))
-    kind = type(exc).__name__
-    return Outcome(reason, error=Error(
-        kind, MODULES.get(kind, type(exc).__module__), _clean(text)[:MAX_TRACEBACK],
-        _clean(trace)[-MAX_TRACEBACK:]))
+    text, trace = _clean(text)[:MAX_TRACEBACK], _clean(trace)[-MAX_TRACEBACK:]
+    # A client raises what it is told, and would leave by an exception of these kinds.
+    leaves = isinstance(exc, (SystemExit, KeyboardInterrupt, GeneratorExit))
+    told = WorkerLostError if leaves else type(exc)
+    reply = _answer(ident, status, {"exc_type": told.__name__, "exc_message": [text],
+                                    "exc_module": told.__module__}, trace)
+    return Outcome(reason, reply, type(exc).__name__, text, trace)
 
 
 def _clean(text: str) -> str:
@@ -889,22 +804,7 @@ def _clean(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _success(ident: str, result: Any) -> Outcome:
-    """Make an outcome of a result, which may be one that cannot be sent."""
-    try:
-        reply = _answer(ident, "SUCCESS", result, None)
-        if len(reply) > MAX_RESULT:
-            raise ValueError(f"it is larger than {MAX_RESULT} bytes of JSON")
-        return Outcome("done", reply)
-    except Exception as exc:
-        # The work is done all the same: a second try would do it twice.
-        error = _failure("done", exc.with_traceback(None)).error
-        error = error._replace(text="the task is done, but its result cannot be sent: "
-                                    + error.text)
-        return Outcome("done", _error_answer(ident, "FAILURE", error), error)
-
-
-async def _perform(name: str, ident: str, body: bytes, on_kernel: bool) -> Outcome:
+async def _perform(name: str, ident: str, body: bytes) -> Outcome:
     """Run the job of a message, and say what came of it, whatever that is.
 
     Nothing that a task raises leaves this function: neither may an exception take a
@@ -912,33 +812,37 @@ async def _perform(name: str, ident: str, body: bytes, on_kernel: bool) -> Outco
     """
     try:
         args, kwargs = _decode(body)
-    except (Unsupported, ValueError) as exc:
-        is_malformed = isinstance(exc, ValueError)
-        return _failure("malformed" if is_malformed else "unsupported",
-                        exc.with_traceback(None))
+    except Unsupported as exc:
+        return _failure("unsupported", ident, exc.with_traceback(None))
+    except ValueError as exc:
+        return _failure("malformed", ident, exc.with_traceback(None))
     try:
         result = TASKS[name].function(*args, **kwargs)
         if inspect.iscoroutine(result):
             result = await result
     except BaseException as exc:    # SystemExit and KeyboardInterrupt as well
-        if on_kernel and isinstance(exc, CancelledError):
-            task = await current_task()
-            if task.cancelled:
-                raise               # the app wanted the end, not the user's function
         # The first frame of the traceback is the one above; the next is the task's. If
         # there is none, the arguments do not fit, and will not do so next time.
         frames = exc.__traceback__.tb_next
         is_misfit = isinstance(exc, TypeError) and frames is None
-        return _failure("malformed" if is_misfit else "failed",
-                        exc.with_traceback(frames))
-    return _success(ident, result)
+        reason = "malformed" if is_misfit else "failed"
+        return _failure(reason, ident, exc.with_traceback(frames))
+    try:
+        reply = _answer(ident, "SUCCESS", result, None)
+        if len(reply) > MAX_RESULT:
+            raise ValueError(f"it is larger than {MAX_RESULT} bytes of JSON")
+        return Outcome("done", reply)
+    except Exception as exc:
+        # The work is done all the same: a second try would do it twice.
+        remark = "the task is done, but its result cannot be sent: "
+        return _failure("done", ident, exc.with_traceback(None), remark=remark)
 
 
 def _execute(*what) -> Outcome:
     """The same in a worker, where there is no kernel. A coroutine that never traps runs
     to its end at the first `send` (chapter 2 of sweepea.py)."""
     try:
-        _perform(*what, on_kernel=False).send(None)
+        _perform(*what).send(None)
     except StopIteration as stop:
         return stop.value
     raise RuntimeError("a task that is no coroutine function returned a coroutine")
@@ -969,7 +873,6 @@ def _execute_in_child(name: str, *what) -> Outcome | None:
 
 MAX_HEADERS = 130_000       # bytes: a header frame has to fit into 128 KiB
 DROPPED = {"CC", "BCC", "x-death", "x-delivery-count"}
-DIRECT_REPLY = "amq.rabbitmq.reply-to"      # addresses that begin so are no queues
 
 
 def _instant(value: Any, name: str) -> datetime | None:
@@ -985,23 +888,53 @@ def _instant(value: Any, name: str) -> datetime | None:
         raise ValueError(f"the header {name!r} is not a time") from None
 
 
-class Request:
-    """What the properties of a message say.
+class Job:
+    """A message in hand and what it asks for, from delivery until it is settled.
 
-    `name`, `id`; `eta` and `expires`, datetimes in UTC or None; `limit`, seconds or
-    None; `retries`. Raises ValueError, with the reason, if they make no sense.
+    `channel` and `tag` are the delivery; the channel is None once the job is let go.
+    `begun` is set as soon as anything is done that a second time would do again; `call`
+    is the job's way through a thread, which knows for itself whether it has begun.
+
+        channel open       waits -----> runs -----> done ------> settled
+                             |            |           |             ^
+        channel closed    let go        runs -----> done            |
+                                                      |             |
+                                                 awaits its --------+ delivered again
+                                                  message
+                                                      |
+                                              let go, after PATIENCE or at a stop
     """
 
-    def __init__(self, properties: pika.BasicProperties) -> None:
-        headers = properties.headers or {}
+    def __init__(self, channel: sweepea.Channel, method, properties, body) -> None:
+        self.channel, self.tag = channel, method.delivery_tag
+        self.begun, self.call, self.kernel_task = False, None, None
+        self.properties, self.body = properties, body
+        self.headers = properties.headers or {}
+        self.name = "?"                 # for the log, until the headers are read
+        self.times_back = 0             # how often the message has come back
+        self.isolated = bool(self.headers.get("x-olive-isolated"))  # it may kill us
+
+    @property
+    def key(self) -> tuple:
+        """Equal for two deliveries of one message; different for a copy of it, which
+        has a message_id of its own. (`repr`, as a header may be a list, say.)"""
+        return repr(self.headers.get("id")), self.properties.message_id, self.body
+
+    def read(self) -> None:
+        """Find out what the properties say.
+
+        `task`, `id`; `eta` and `expires`, datetimes in UTC or None; `limit`, seconds or
+        None; `retries`. Raises ValueError, with the reason, if they make no sense.
+        """
+        properties, headers = self.properties, self.headers
         if properties.content_type != "application/json":
             raise ValueError("the content type is not application/json")
         if (properties.content_encoding or "utf-8").lower() != "utf-8":
             raise ValueError("the content encoding is not utf-8")
         if headers.get("compression"):
             raise ValueError("the body is compressed")
-        self.name = headers.get("task")
-        if not isinstance(self.name, str) or not self.name:
+        self.task = headers.get("task")
+        if not isinstance(self.task, str) or not self.task:
             raise ValueError("there is no header 'task' with a name")
         self.id = headers.get("id") or properties.correlation_id
         if not isinstance(self.id, str):
@@ -1017,14 +950,13 @@ class Request:
         limit = soft if hard is None else hard
         # pika cuts doubles down to whole numbers, so a 0 was a limit below one second.
         self.limit = None if limit is None else float(limit) or 1.0
-        retries = headers.get("retries") or 0
-        if type(retries) is not int or retries < 0:
+        self.retries = headers.get("retries") or 0
+        if type(self.retries) is not int or self.retries < 0:
             raise ValueError("the header 'retries' is not a count")
-        self.retries = min(retries, 1000)
+        self.name = f"{_shown(self.task)}[{_shown(self.id)[1:-1]}]"
 
 
-def republished(properties: pika.BasicProperties, **changes: Any
-                ) -> pika.BasicProperties:
+def republished(properties, **changes: Any) -> pika.BasicProperties:
     """The properties with which to publish a message again, some headers changed.
 
     Some that came have to go. CC and BCC would make copies of the message; the broker
@@ -1041,10 +973,9 @@ def republished(properties: pika.BasicProperties, **changes: Any
     again.message_id = uuid.uuid4().hex     # see Job.key
     # A header frame that is too large would cost the connection. The largest of the
     # headers that came are left out, until the rest fits.
-    names = sorted(again.headers, key=lambda name: len(repr(again.headers[name])))
-    names = [name for name in names if name in changes] + [
-        name for name in names if name not in changes]
-    while not _fits(again):
+    names = sorted(again.headers, key=lambda name: (
+        name not in changes, len(repr(again.headers[name]))))
+    while names and not _fits(again):
         del again.headers[names.pop()]
     return again
 
@@ -1053,7 +984,7 @@ def _fits(properties: pika.BasicProperties) -> bool:
     try:
         return sum(map(len, properties.encode())) <= MAX_HEADERS
     except Exception:           # pika decodes some things that it cannot encode
-        return not properties.headers
+        return False
 
 
 def _shown(text: Any) -> str:
@@ -1170,15 +1101,18 @@ def _name(value: str, most: int = 255) -> str:
                  and not {"*", "#"} & set(value.split(".")))
 
 
-def _whole(value: int | str, most: int) -> int:
-    number = int(str(value))            # by way of text, or 2.5 would become 2
-    return _good(number, 1 <= number <= most)
+def _count(default: int | None, meaning: str, most: int) -> Any:
+    def read(value: int | str) -> int:
+        number = int(str(value))        # by way of text, or 2.5 would become 2
+        return _good(number, 1 <= number <= most)
+
+    return _setting(default, meaning, f"a whole number from 1 to {most}", read)
 
 
 def _urls(value: str) -> str:
-    for url in value.split(","):
-        pika.URLParameters(url.strip())     # raises what it does not understand
-        _good(url, url.strip().startswith(("amqp://", "amqps://")))
+    for url in map(str.strip, value.split(",")):
+        pika.URLParameters(url)     # raises what it does not understand
+        _good(url, url.startswith(("amqp://", "amqps://")))
     return value
 
 
@@ -1217,15 +1151,11 @@ class OliveAppConfig:
     worker: str = _setting(
         "thread", "thread or process, for tasks that do not say", "thread or process",
         lambda value: _good(value, value in ("thread", "process")))
-    threads: int = _setting(
-        20, "size of the thread pool", "a whole number from 1 to 10000",
-        lambda value: _whole(value, 10_000))
-    processes: int = _setting(
-        os.cpu_count() or 1, "size of the process pool; by default the number of cores",
-        "a whole number from 1 to 1000", lambda value: _whole(value, 1_000))
-    prefetch: int = _setting(
-        None, "messages held at once; by default 2 x (threads + processes)",
-        "a whole number from 1 to 65535", lambda value: _whole(value, 65_535))
+    threads: int = _count(20, "size of the thread pool", 10_000)
+    processes: int = _count(os.cpu_count() or 1, "size of the process pool; by default "
+                            "the number of cores", 1_000)
+    prefetch: int = _count(None, "messages held at once; by default 2 x (threads + "
+                           "processes)", 65_535)
     task_timeout: float | None = _setting(
         None, "seconds, for tasks that set no limit", "a number of seconds above 0",
         lambda value: _good(float(value), 0 < float(value) < 1e9))
@@ -1299,23 +1229,21 @@ def fail(text: str, status: int) -> None:
 # =====================================================================================
 
 def _settings_help() -> str:
-    defaults, lines = OliveAppConfig(), ["settings (environment variables):"]
+    lines = ["settings (environment variables):"]
     for setting in fields(OliveAppConfig):
-        default = getattr(defaults, setting.name)
-        shown = json.dumps(default) if isinstance(default, dict) else default
+        default = f" ({setting.default})" if setting.default else ""
         lines += [f"  OLIVE_{setting.name.upper()}",
-                  f"      {setting.metadata['meaning']}"
-                  + (f" ({shown})" if default not in (None, "", ()) else "")]
+                  f"      {setting.metadata['meaning']}{default}"]
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """`python olive_app.py`: run the demo tasks and those of OLIVE_TASKS."""
+    """Run tasks from RabbitMQ: the demo tasks (add, do_nothing, sleep_n, fib, fail) and
+    those that the modules in OLIVE_TASKS register.
+    """
     parser = argparse.ArgumentParser(
-        prog="olive_app.py", description="Run tasks from RabbitMQ: the demo tasks (add,"
-        " do_nothing, sleep_n, fib, fail) and those that the modules in OLIVE_TASKS "
-        "register.", formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=_settings_help())
+        prog="olive_app.py", description=inspect.getdoc(main), epilog=_settings_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version",
                         version=f"sweepea {sweepea.__version__}")
     group = parser.add_mutually_exclusive_group()
@@ -1329,13 +1257,11 @@ def main(argv: list[str] | None = None) -> None:
     config = OliveAppConfig.from_env()
     config = replace(config, tasks=("olive_app", *config.tasks))
     if not options.with_broker and not options.demo:
-        OliveOly(config).start()
-        return
+        return OliveOly(config).start()
     import olive_utils
     try:
         if options.demo:
-            olive_utils.demo(config)
-            return
+            return olive_utils.demo(config)
         with olive_utils.private_broker(
                 5672, say="starting a RabbitMQ of our own ...") as broker:
             print(f"it listens on port {broker.port}, and goes when we go",

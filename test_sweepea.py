@@ -3529,10 +3529,10 @@ def test_what_came_back_five_times_runs_in_a_process(counting, tmp_path):
 def test_what_came_back_fifteen_times_is_dead(counting):
     client = counting
     idents = {client.send("awaited", []), client.send("threaded", []),
-              client.send(body="nonsense")}
+              client.send(body="nonsense"), client.send("threaded", eta="never")}
     come_back(client, 15)
     with running(client.environ):
-        for _ in range(3):
+        for _ in range(4):
             properties, headers = buried(client, "returned")
             assert headers["x-olive-error"] == (
                 "RuntimeError: came back 15 times: does it kill us?")
