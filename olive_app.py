@@ -1247,8 +1247,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--version", action="version",
                         version=f"sweepea {sweepea.__version__}")
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--with-broker", action="store_true", help="start a RabbitMQ of "
-                       "one's own on port 5672, for development; it goes with the app")
+    group.add_argument("--with-broker", action="store_true", help="if no RabbitMQ "
+                       "answers at OLIVE_URL, start one of one's own on port 5672, for "
+                       "development; it goes with the app")
     group.add_argument("--demo", action="store_true", help="send a handful of tasks, "
                        "print what comes back, and exit; with a private RabbitMQ if "
                        "none answers")
@@ -1262,6 +1263,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if options.demo:
             return olive_utils.demo(config)
+        if olive_utils.is_reachable(config):
+            return OliveOly(config).start()
         with olive_utils.private_broker(
                 5672, say="starting a RabbitMQ of our own ...") as broker:
             print(f"it listens on port {broker.port}, and goes when we go",
@@ -1269,6 +1272,8 @@ def main(argv: list[str] | None = None) -> None:
             OliveOly(replace(config, url=broker.url)).start()
     except olive_utils.BrokerError as exc:
         fail(str(exc), 1)
+    except KeyboardInterrupt:       # before the app has its handlers, or after
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

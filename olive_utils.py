@@ -383,6 +383,16 @@ def main(argv: list[str] | None = None) -> None:
 # 2. The demo
 # =====================================================================================
 
+def is_reachable(config: OliveAppConfig) -> bool:
+    """Whether a broker takes us at one of the URLs."""
+    logging.getLogger("pika").setLevel(logging.CRITICAL)
+    try:
+        sweepea.run(_with_sender, config, lambda sender: sweepea.sleep(0))
+        return True
+    except pika.exceptions.AMQPError:
+        return False
+
+
 def demo(config: OliveAppConfig) -> None:
     """Run the app, send it a handful of messages, print what comes back.
 
@@ -402,10 +412,7 @@ def demo(config: OliveAppConfig) -> None:
         await channel.call("queue_delete", app.config.dead_queue)
         await channel.call("exchange_delete", app.config.exchange)
 
-    logging.getLogger("pika").setLevel(logging.CRITICAL)
-    try:
-        sweepea.run(_with_sender, config, lambda sender: sweepea.sleep(0))
-    except pika.exceptions.AMQPError:
+    if not is_reachable(config):
         what = "no RabbitMQ takes us there: starting a private one ..."
         with private_broker(say=what) as broker:
             return demo(replace(config, url=broker.url))

@@ -2885,9 +2885,17 @@ def test_the_port_of_a_broker_of_ones_own_is_in_use():
         with suppress(OSError):     # somebody else has it
             sock.bind(("127.0.0.1", 5672))
             sock.listen()
-        app = App({}, "--with-broker")
+        # (Nobody answers at the URL; what may answer on 5672 is none of ours.)
+        app = App({"OLIVE_URL": "amqp://127.0.0.1:1"}, "--with-broker")
         assert app.wait() == 1
     assert app.log.startswith("olive: port 5672 is in use") and len(app.lines) == 1
+
+
+def test_a_broker_that_is_there_is_used(client):
+    with running(client.config, "--with-broker") as app:
+        client.send("add")
+        assert client.reply()["result"] == 5
+        assert "of our own" not in app.log
 
 
 def test_the_demo(client, broker):
