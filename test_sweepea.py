@@ -215,6 +215,11 @@ def client(broker):
     client = Client(broker.url, "t" + uuid.uuid4().hex[:8])
     yield client
     client.close()
+    # Each quorum queue holds files of the broker's, which are not without end.
+    connection = pika.BlockingConnection(client.parameters)
+    for queue in client.queue, client.dead_queue:
+        connection.channel().queue_delete(queue)
+    connection.close()
 
 
 def tasks_module(tmp_path, text, name="mytasks"):
