@@ -13,8 +13,9 @@ in processes or, if they are coroutines, on the kernel itself. The messages are 
 Celery (protocol 2). `python olive_app.py --help` says how to run the demo tasks.
 
 The promise is at-least-once: a message leaves its queue only when its work is done and
-its reply sent, or when it lies, confirmed, in the dead queue. Without the promise a
-task queue takes a page. That page comes first, and what can go wrong after it:
+its reply sent, when a copy is confirmed (in the dead queue, or where it waits to be
+tried again), or when it has expired. Without the promise a task queue takes a page.
+That page comes first, and what can go wrong after it:
 
     Tasks               functions that may be called by name
     The app             the plain life of a message; then each thing that can go wrong
@@ -86,10 +87,11 @@ def task(name=None, worker=None, timeout=None, retries=0, retry_delay=1.0) -> Ca
     """Register a function as a task: `@task` or `@task(worker="process", retries=3)`.
 
     `name` defaults to the function's; a coroutine function runs on the kernel. After
-    `timeout` seconds it is stopped; when it has failed it is tried again up to
-    `retries` times, after `retry_delay` seconds, then twice that, and so on. Raises
-    ValueError for a name that is taken. The idea of a decorator that is the whole API
-    is Huey's.
+    `timeout` seconds it has failed: a process is killed, a coroutine is cancelled; a
+    thread cannot be stopped and runs on, perhaps beside its own next try. What has
+    failed is tried again up to `retries` times, after `retry_delay` seconds, then twice
+    that, and so on. Raises ValueError for a name that is taken. The idea of a decorator
+    that is the whole API is Huey's.
     """
     if callable(name):      # `@task` without brackets: the function itself came here
         return task()(name)
@@ -165,6 +167,7 @@ def load_tasks(modules: tuple[str, ...]) -> None:
 #     after it, before the reply       to somebody else      runs again    gets a reply
 #     after the reply                  to somebody else      runs again    gets two
 #     after the acknowledgement        is gone               ran once      has a reply
+#     after a copy is published        both may be there     may run twice
 #
 # Some words have one meaning each below. A `Job` is a message in hand and what it asks
 # for; the section "Messages" has a picture of its states. A message is *settled* when
@@ -183,7 +186,7 @@ class OliveOly:
         self._in_hand: set[Job] = set()
         self._awaited: dict[tuple, Job] = {}    # by key: the message shall come again
         self._news = sweepea.SchedBarrier()     # where jobs wait for their message
-        self._settled = Event()                 # a message has been, on this connection
+        self._settled = Event()                 # set at each ack; see `_widen`
         self._consumers: list[str] = []         # their tags, on the link's channel
         self._trace = Trace(self.config.trace)
         for module in self.config.tasks:
@@ -201,7 +204,7 @@ class OliveOly:
         if self._stop.is_set():
             return                      # it goes back when the connection is closed
         job = Job(channel, method, properties, body)
-        if method.redelivered:          # then two questions come first: see below
+        if method.redelivered:          # is it in hand? how often has it come back?
             if self._came_back(job):
                 return
             self._count_returns(job)
@@ -264,7 +267,8 @@ class OliveOly:
         job.kernel_task.name = job.name     # a task that blocks the loop is named
         if limit is None:
             outcome = await _perform(*what)
-            # Where the app wanted the end of the job, the user's function did not fail.
+            # `_perform` makes a failure even of a cancellation. If the app cancelled
+            # the job, that is raised again: a stop must not count as a failed try.
             if job.kernel_task.cancelled:
                 raise sweepea.TaskCancelled
             return outcome
@@ -891,9 +895,10 @@ def _instant(value: Any, name: str) -> datetime | None:
 class Job:
     """A message in hand and what it asks for, from delivery until it is settled.
 
-    `channel` and `tag` are the delivery; the channel is None once the job is let go.
-    `begun` is set as soon as anything is done that a second time would do again; `call`
-    is the job's way through a thread, which knows for itself whether it has begun.
+    `channel` and `tag` are the delivery; the channel is None once the job is let go or
+    its message given up. `begun` is set as soon as anything is done that a second time
+    would do again; `call` is the job's way through a thread, which knows for itself
+    whether it has begun.
 
         channel open       waits -----> runs -----> done ------> settled
                              |            |           |             ^
@@ -902,7 +907,8 @@ class Job:
                                                  awaits its --------+ delivered again
                                                   message
                                                       |
-                                              let go, after PATIENCE or at a stop
+                                           given up, after PATIENCE or at a stop;
+                                           a success still sends its reply
     """
 
     def __init__(self, channel: sweepea.Channel, method, properties, body) -> None:
@@ -1025,7 +1031,7 @@ def _shown(text: Any) -> str:
 # but a queue of the name `q` would also get what waits for `a.q`.
 # =====================================================================================
 
-LADDER = 17             # rungs: 1 s ... 65,536 s; who waits longer climbs down twice
+LADDER = 17             # rungs: 1 s ... 65,536 s, 131,071 s in all; then once more
 WAITED, LOST = "Olive.waited", "Olive.lost"
 # A dead queue is looked at again and again, and each look counts as a return. RabbitMQ
 # 4 drops a message at the 20th. A limit of -1 means "never" to RabbitMQ 4, but to

@@ -85,15 +85,16 @@ class TaskCancelled(CancelledError):
 
 
 class TaskTimeout(CancelledError):
-    """The deadline of the innermost `timeout_after` has passed (chapter 5).
+    """A deadline has passed: the earliest in force, inside of the `timeout_after`
+    blocks; where it comes out of a block, that block's own (chapter 5).
 
     `args[0]` is the kernel's clock at that moment.
     """
 
 
 class TimeoutCancellationError(CancelledError):
-    """The deadline of an outer `timeout_after` has passed, while inside an inner one
-    whose own deadline has not (chapter 5)."""
+    """The deadline of an outer `timeout_after` has passed; an inner one passes that on,
+    whether or not its own has passed, too (chapter 5)."""
 
 
 class UncaughtTimeoutError(CurioError):
@@ -259,8 +260,8 @@ class Task:
     #                   while the task does not wait.
     # future            The future that the task waits for. An answer of any other
     #                   future comes too late and is dropped.
-    # sleep, timeout    The clock at which the task's sleep ends, and the one at which
-    #                   its innermost `timeout_after` ends. None if there is none.
+    # sleep, timeout    The clock at which the task's sleep ends, and the earliest
+    #                   deadline of the `timeout_after` blocks it is in. Or None.
     # cancelled         Somebody has cancelled the task. A second time does nothing.
     # cancel_pending    A cancellation that could not be delivered yet.
     # allow_cancel      A task may set this to False for a while: meanwhile its
@@ -1202,7 +1203,7 @@ os.register_at_fork(before=_before_fork, after_in_parent=_after_fork,
 #     delivered, not settled      the broker, for us    somebody else gets it
 #     acknowledged                nobody                its work was done before that
 #     being published             whoever awaits        it may be there, or not
-#     published and confirmed     the broker            it is on disk
+#     published and confirmed     the broker            it is safe with the broker
 # =====================================================================================
 
 MAX_BACKOFF = 30.0      # seconds between two attempts to connect, at most
