@@ -20,6 +20,7 @@ That page comes first, and what can go wrong after it:
     Tasks               functions that may be called by name
     The app             the plain life of a message; then each thing that can go wrong
     Running a job       bytes in, bytes out, wherever the job runs
+    Calling             who sends the messages, and waits for the replies
     Messages            what their properties say, and how they are published again
     The ladder          messages that wait, inside the broker
     Settings            one table
@@ -32,12 +33,14 @@ Copyright (c) 2026 the Sweepea authors. SPDX-License-Identifier: MIT
 from __future__ import annotations
 
 import argparse
+import base64
 import copy
 import functools
 import importlib
 import inspect
 import json
 import logging
+import math
 import os
 import random
 import signal
@@ -45,17 +48,27 @@ import sys
 import time
 import traceback
 import uuid
+from collections import Counter
+from concurrent.futures import Future
 from contextlib import closing, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
-from datetime import datetime, timedelta, timezone
+from datetime import date, datetime, time as time_of_day, timedelta, timezone
 from decimal import Decimal
-from typing import Any, Callable, Mapping, NamedTuple
+from typing import Any, Callable, Iterable, Mapping, NamedTuple
+from urllib.parse import urlsplit
 
 import pika
-from pika.exceptions import AMQPError, ChannelClosedByBroker
+from pika.exceptions import (
+    AMQPConnectionError, AMQPError, ChannelClosedByBroker, ConsumerCancelled, NackError)
 
-import sweepea
-from sweepea import Call, Event, WorkerLost, describe, ignore_after, sleep, spawn
+if __package__:         # the files were copied into a package
+    from . import sweepea
+else:
+    import sweepea
+
+describe, Event, ignore_after = sweepea.describe, sweepea.Event, sweepea.ignore_after
+sleep, spawn = sweepea.sleep, sweepea.spawn
 
 log = logging.getLogger("olive")
 
@@ -141,13 +154,44 @@ def demo_tasks() -> None:
         raise RuntimeError(message)
 
 
-def load_tasks(modules: tuple[str, ...]) -> None:
+def load_tasks(modules: Iterable[str]) -> None:
     """Import the modules that register tasks.
 
     Worker processes do so, too, before their first job: each has a registry of its own.
+    What the program itself registers, as `__main__`, multiprocessing has imported then.
     """
     for module in modules:
-        demo_tasks() if module == "olive_app" else importlib.import_module(module)
+        if module in ("olive_app", __name__):
+            demo_tasks()
+        elif module != "__main__":
+            importlib.import_module(module)
+
+
+class JobInfo(NamedTuple):
+    """What a task may want to know about the job that it does."""
+
+    id: str
+    name: str                   # of the task
+    tries: int                  # how often the job was tried before
+    sent: datetime | None       # when, in UTC, if the sender said so
+
+
+_job_info: ContextVar[tuple] = ContextVar("job_info")   # `sent` as the header says it
+
+
+def job() -> JobInfo:
+    """Tell a task which job it does. Its id stays the same however often it is tried,
+    so what must not be done twice can be remembered under the id.
+
+    Raises RuntimeError where no job is done.
+    """
+    try:
+        *what, sent = _job_info.get()
+    except LookupError:
+        raise RuntimeError("job() is for tasks, while they do a job") from None
+    with suppress(ValueError):
+        return JobInfo(*what, _instant(sent, "x-olive-sent"))
+    return JobInfo(*what, None)
 
 
 # =====================================================================================
@@ -186,9 +230,13 @@ class OliveOly:
         self._in_hand: set[Job] = set()
         self._awaited: dict[tuple, Job] = {}    # by key: the message shall come again
         self._news = sweepea.SchedBarrier()     # where jobs wait for their message
-        self._settled = Event()                 # set at each ack; see `_widen`
-        self._consumers: list[str] = []         # their tags, on the link's channel
-        self._trace = Trace(self.config.trace)
+        self._settled = Event()                 # set at each ack; see `_tend`
+        # By queue: the tags of its consumers; the jobs that wait for a call of theirs,
+        # and for how many.
+        self._consumers: dict[str, list[str]] = {}
+        self._callers: dict[str, Counter] = {}
+        self._callers_changed = Event()
+        self._trace = Trace("" if sweepea.in_worker() else self.config.trace)
         for module in self.config.tasks:
             try:
                 load_tasks((module,))
@@ -199,11 +247,11 @@ class OliveOly:
 
     # -- the plain life of a message ---------------------------------------------------
 
-    def _on_message(self, channel, _pika_channel, method, properties, body) -> None:
+    def _on_message(self, queue, channel, _pika, method, properties, body) -> None:
         """A message is delivered: a kernel task of its own lives its life."""
         if self._stop.is_set():
             return                      # it goes back when the connection is closed
-        job = Job(channel, method, properties, body)
+        job = Job(queue, channel, method, properties, body)
         if method.redelivered:          # is it in hand? how often has it come back?
             if self._came_back(job):
                 return
@@ -214,6 +262,7 @@ class OliveOly:
     async def _live(self, job: Job) -> None:
         """Find out what the message asks for, do it, and settle the message."""
         began = time.time()
+        _here.set((self, job))          # for `call`
         try:
             if await self._is_due(job):
                 outcome = await self._run(job)
@@ -237,22 +286,30 @@ class OliveOly:
         registered = TASKS[job.task]
         limits = [limit for limit in (registered.timeout, job.limit) if limit]
         limit = min(limits, default=self.config.task_timeout)
-        what = job.task, job.id, job.body
+        info = job.id, job.task, job.retries, job.headers.get("x-olive-sent")
         try:
             if inspect.iscoroutinefunction(registered.function):
-                return await self._run_coroutine(job, what, limit)
-            if job.isolated or "process" == (registered.worker or self.config.worker):
+                return await self._run_coroutine(job, info, limit)
+            runs_in_process = self._runs_in_process(registered)
+            if job.isolated or runs_in_process:
+                module = registered.function.__module__
                 async with self._processes.slots:
                     self._begin(job)
-                    outcome = await self._processes.call(_execute_in_child, what, limit)
+                    outcome = await self._processes.call(
+                        _execute_in_child, (module, info, job.body), limit)
                 if outcome is not None:
                     return outcome
-                # The process does not know the task: in a thread, then, as ever.
-            job.call = Call(self._threads, _execute, what, limit)
+                if runs_in_process:
+                    return _failure("unknown-task", job.id, NotRegistered(
+                        f"a worker process imports {module} and finds no task "
+                        f"{job.task} there: define it at the top level of a module, "
+                        "and not under `if __name__ ...`"))
+                # A job for a thread, isolated: then it runs in a thread, as ever.
+            job.call = sweepea.Call(self._threads, _execute, (info, job.body), limit)
             return await job.call.run()
         except TimeoutError:
             return _failure("timeout", job.id, TimeLimitExceeded(f"{limit:g} s"))
-        except WorkerLost as exc:
+        except sweepea.WorkerLost as exc:
             return _failure("worker-lost", job.id, WorkerLostError(str(exc)))
         except sweepea.WorkerStartError as exc:
             # No fault of the message, which goes back when the connection is closed.
@@ -262,11 +319,15 @@ class OliveOly:
         except Exception as exc:
             return _failure("failed", job.id, exc)
 
-    async def _run_coroutine(self, job: Job, what: tuple, limit) -> Outcome:
+    def _runs_in_process(self, registered: OliveTask) -> bool:
+        return "process" == (registered.worker or self.config.worker) and not (
+            inspect.iscoroutinefunction(registered.function))
+
+    async def _run_coroutine(self, job: Job, info: tuple, limit) -> Outcome:
         self._begin(job)
         job.kernel_task.name = job.name     # a task that blocks the loop is named
         if limit is None:
-            outcome = await _perform(*what)
+            outcome = await _perform(info, job.body)
             # `_perform` makes a failure even of a cancellation. If the app cancelled
             # the job, that is raised again: a stop must not count as a failed try.
             if job.kernel_task.cancelled:
@@ -274,7 +335,7 @@ class OliveOly:
             return outcome
         # A coroutine may swallow its cancellation. So it runs in a task of its own, and
         # its message need not wait for it.
-        child = await spawn(_perform(*what))
+        child = await spawn(_perform(info, job.body))
         child.name = job.name
         try:
             await ignore_after(limit, child.wait())
@@ -293,6 +354,8 @@ class OliveOly:
         for it, which costs every message a round trip.
         """
         has_message = await self._has_message(job)
+        if not has_message and not self._stop.is_set():
+            await self._link.up.wait()
         channel = job.channel if has_message else self._link.channel
         address = job.properties.reply_to
         # A direct reply-to is no queue, and a malformed one has the broker close the
@@ -330,8 +393,13 @@ class OliveOly:
             return await self._bury(job, returned)
         now = datetime.now(timezone.utc)
         if job.expires and now > job.expires:
+            text = "expired"
+            if job.retries:     # what went wrong before must not be lost
+                text = f"expired after a failed try: {job.headers.get('x-olive-error')}"
+            late = _failure("failed", job.id, TaskRevokedError(text), "REVOKED")
+            if job.retries:
+                return await self._bury(job, late)
             log.info("%s has expired", job.name)
-            late = _failure("expired", job.id, TaskRevokedError("expired"), "REVOKED")
             return await self._settle(job, late.reply)
         wait = (job.eta - now).total_seconds() if job.eta else 0
         if wait >= 1:
@@ -351,9 +419,11 @@ class OliveOly:
         reason, reply, kind, text, trace = outcome
         is_dead = await self._move(job, "", self.config.dead_queue, reply, **{
             "x-olive-reason": reason, "x-olive-traceback": trace,
-            "x-olive-error": f"{kind}: {text}"[:MAX_ERROR]})
+            "x-olive-error": f"{kind}: {text}"[:MAX_ERROR],
+            "x-olive-when": datetime.now(timezone.utc).isoformat()})
         if is_dead:                     # else its message is somebody else's now
-            log.warning("%s is dead (%s): %s: %s", job.name, reason, kind, _shown(text))
+            log.warning("%s is dead (%s): %s: %s%s", job.name, reason, kind,
+                        _shown(text), _shown_lines(trace))
 
     async def _move(self, job: Job, exchange, key, reply=None, **changes) -> bool:
         """Publish a copy of a message, some headers changed; then settle the message.
@@ -414,19 +484,21 @@ class OliveOly:
             # used the memory. A job that was isolated has no such excuse.
             retries = max(retries, 1)
         may_retry = outcome.status in ("failed", "timeout", "worker-lost")
-        if not may_retry or job.retries >= retries:
-            return await self._bury(job, outcome)
         pause = registered.retry_delay * 2 ** min(job.retries, 20)
         pause *= random.uniform(1, 1.25)
+        eta = datetime.now(timezone.utc) + timedelta(seconds=pause)
+        is_late = job.expires is not None and eta > job.expires
+        if not may_retry or job.retries >= retries or is_late:
+            return await self._bury(job, outcome)
         log.info("%s: %s: %s; try %d of %d in %.1f s", job.name, outcome.kind,
                  _shown(outcome.text), job.retries + 2, retries + 1, pause)
-        eta = datetime.now(timezone.utc) + timedelta(seconds=pause)
-        await self._wait(job, pause, retries=job.retries + 1, eta=eta.isoformat())
+        await self._wait(job, pause, retries=job.retries + 1, eta=eta.isoformat(), **{
+            "x-olive-error": f"{outcome.kind}: {outcome.text}"[:MAX_ERROR]})
 
     async def _wait(self, job: Job, seconds: float, **changes: Any) -> None:
         """Have a copy of the message come back later. What waits for less than a second
         falls straight through the ladder, and `_is_due` sleeps so long."""
-        key = wait_key(seconds, self.config.queue)
+        key = wait_key(seconds, job.queue)
         await self._move(job, wait_name(LADDER - 1), key, **changes)
 
     # -- what can go wrong: a message that kills us ------------------------------------
@@ -469,18 +541,21 @@ class OliveOly:
     #
     # An acknowledgement that was under way when the connection was lost is lost, too:
     # then the job is done again, as at-least-once allows.
+    #
+    # A connection has three moments that matter to what is in hand:
+    #
+    #     it is there       what the one before has left in hand awaits its message
+    #     PATIENCE later    what is not back by now is given up
+    #     it is lost        what has not begun is let go
 
     async def _guard(self, channel: sweepea.Channel) -> None:
         """Watch over what is in hand, from the start of a connection to its end."""
-        # What was in hand when the connection before was lost awaits its message.
         for job in self._in_hand:
             if job.channel is not None and job.channel.closed is not None:
-                # Two jobs of one key cannot be told apart: one gets the next delivery.
-                if self._awaited.setdefault(job.key, job) is not job:
-                    job.channel = None
+                self._await_message(job)
         await self._news.wake()
         await ignore_after(PATIENCE, channel.wait_closed())
-        if channel.closed is None:          # what is not back by now is given up
+        if channel.closed is None:
             for job in self._awaited.values():
                 job.channel = None
             self._awaited.clear()
@@ -488,6 +563,14 @@ class OliveOly:
             await channel.wait_closed()
         for job in list(self._in_hand):
             await self._let_go(job)
+        await self._callers_changed.set()   # `_keep_places` sees that its time is over
+
+    def _await_message(self, job: Job) -> None:
+        # If the queue was deleted, its messages went with it, and none comes back. Of
+        # two jobs of one key, which cannot be told apart, one gets the next delivery.
+        was_deleted = isinstance(job.channel.closed, ConsumerCancelled)
+        if was_deleted or self._awaited.setdefault(job.key, job) is not job:
+            job.channel = None
 
     def _came_back(self, again: Job) -> bool:
         """Hand a delivery to the job in hand that awaits it, if there is one."""
@@ -506,11 +589,16 @@ class OliveOly:
         return job.channel is not None
 
     async def _let_go(self, job: Job) -> None:
-        """Drop a job that has not begun, and give its message back."""
+        """Give back the message of a job that has not begun, and drop the job."""
         if job.begun or job.channel is None:
             return
         if job.call is not None and not job.call.take_back():
             return                      # a thread has begun it
+        await self._give_back(job)
+
+    async def _give_back(self, job: Job) -> None:
+        if job.channel is None:
+            return                      # somebody else has, or may have, the message
         job.channel.basic_nack(job.tag)     # a channel that is closed says nothing
         job.channel = None
         await job.kernel_task.cancel(blocking=False)
@@ -526,44 +614,103 @@ class OliveOly:
     # A message can end a connection: pika cannot decode every header that a broker lets
     # through, and then fails from inside. Without what follows, such a message would
     # come back each time with a window full of others, whose counts would rise with it.
-    # So after a connection that did not last, the consumer may hold one message only,
-    # and twice as many each time that something was settled. The innocent are done
-    # before the window is wide again, and in the end the killer comes back alone. If
-    # nothing is settled for a while, all that is in hand may be long jobs, and the
-    # window becomes what it was. A consumer's window cannot be changed, so each time
-    # another consumer takes its place; what is in hand of the one before stays so.
+    # So after a connection that did not last, a consumer may hold one message only, and
+    # twice as many each time that something was settled. The innocent are done before
+    # the window is wide again, and in the end the killer comes back alone. If nothing
+    # is settled for a while, all that is in hand may be long jobs, and the window
+    # becomes what it was. A consumer's window cannot be changed, so each time another
+    # consumer takes its place; what is in hand of the one before stays so.
 
-    async def _consume(self, channel: sweepea.Channel, prefetch: int) -> None:
-        on_message = functools.partial(self._on_message, channel)
-        if not self._stop.is_set():
-            await channel.call("basic_qos", prefetch_count=prefetch)
-            frame = await channel.call("basic_consume", self.config.queue, on_message)
-            self._consumers.append(frame.method.consumer_tag)
+    async def _consume(self, channel: sweepea.Channel, queue: str, window: int) -> None:
+        """Start a consumer of a queue, which may hold so many messages."""
+        # The window is for the consumers that are started after it is set. pika sends
+        # both in one go, so nobody else's consumer comes between them.
+        channel.pika.basic_qos(prefetch_count=window)
+        frame = await channel.call("basic_consume", queue, functools.partial(
+            self._on_message, queue, channel))
+        self._consumers[queue].append(frame.method.consumer_tag)
 
-    async def _widen(self, channel: sweepea.Channel) -> None:
-        await self._link.up.wait()
-        window, full = 1, self.config.prefetch
-        while window < full:
-            self._settled.clear()
-            async with ignore_after(sweepea.MAX_BACKOFF) as timer:
-                await self._settled.wait()
-            if channel.closed is not None or self._stop.is_set():
-                return
-            window = full if timer.expired else min(2 * window, full)
-            narrow = self._consumers.pop()
-            with suppress(AMQPError):       # if it is lost again, the link says so
-                await self._consume(channel, window)
-                await channel.call("basic_cancel", narrow)
+    async def _tend(self, channel: sweepea.Channel, window: int) -> None:
+        """See to the consumers of a connection until its end."""
+        with suppress(AMQPError):       # if the connection is lost, the link says so
+            await self._link.up.wait()
+            while window < self.config.prefetch and channel.closed is None:
+                window = await self._widen(channel, window)
+            await self._keep_places(channel)
+
+    async def _widen(self, channel: sweepea.Channel, window: int) -> int:
+        self._settled.clear()
+        async with ignore_after(sweepea.MAX_BACKOFF) as timer:
+            await self._settled.wait()
+        full = self.config.prefetch
+        window = full if timer.expired else min(2 * window, full)
+        for queue in self._consumers:
+            if self._stop.is_set() or channel.closed is not None:
+                return full
+            narrow = self._consumers[queue].pop()
+            await self._consume(channel, queue, window)
+            await channel.call("basic_cancel", narrow)
+        return window
+
+    # -- what can go wrong: callers wait for jobs that nobody takes --------------------
+    #
+    # A task may call tasks, and a coroutine that waits for their results costs nothing
+    # (`call`). But its message stays in hand. If its calls stood behind other callers
+    # in one queue, the whole window would be callers, each waiting for a job that
+    # nobody can take any more. So calls go to a queue of their own, Olive.q.calls.
+    #
+    # What is called may call again. So on that queue there is a consumer more for each
+    # window full of callers that wait. At every moment some places are free of callers,
+    # enough to keep all workers busy, and there is no depth at which all stand still.
+
+    @property
+    def _calls_queue(self) -> str:
+        return calls_name(self.config.queue)
+
+    async def _call(self, job: Job | None, *args: Any, **options: Any) -> Any:
+        callers = self._callers.get(job and job.queue, Counter())
+        callers[job] += 1
+        await self._callers_changed.set()
+        try:
+            return await self.client.call(*args, parent=job, **options)
+        finally:
+            callers[job] -= 1
+            if not callers[job]:
+                del callers[job]
+            await self._callers_changed.set()
+
+    def _missing_places(self) -> int:
+        """How many consumers the queue of calls lacks, or has too many (below 0)."""
+        window = self.config.prefetch
+        workers = min(self.config.threads + self.config.processes, window)
+        places = len(self._callers[self._calls_queue]) + workers
+        return math.ceil(places / window) - len(self._consumers[self._calls_queue])
+
+    async def _keep_places(self, channel: sweepea.Channel) -> None:
+        tags, quiet = self._consumers[self._calls_queue], 1.0
+        while channel.closed is None and not self._stop.is_set():
+            if self._missing_places() > 0:
+                await self._consume(channel, self._calls_queue, self.config.prefetch)
+                continue
+            self._callers_changed.clear()
+            async with ignore_after(quiet if len(tags) > 1 else None) as timer:
+                await self._callers_changed.wait()
+            # Callers come and go. So consumers go when all was quiet for a second.
+            while timer.expired and self._missing_places() < 0:
+                await channel.call("basic_cancel", tags.pop())
 
     # -- starting ----------------------------------------------------------------------
 
     def start(self, *background: Callable) -> None:
         """Work until SIGTERM, SIGINT or SIGHUP; return then, or exit with a status.
+        In a worker process, which imports the program as well, return at once.
 
         `background` are coroutine functions that run on the kernel beside it. A second
         signal leaves at once, with status 128 + its number. Exit status 1: the broker
         refuses us, too many threads hang, or no worker process can be started.
         """
+        if sweepea.in_worker():
+            return
         logging.basicConfig(
             level=self.config.log_level, format="%(asctime)s %(levelname)s %(message)s")
         # What pika reports, the link says in one line.
@@ -579,9 +726,14 @@ class OliveOly:
         config = self.config
         self._kernel = kernel = await sweepea._get_kernel()
         self._threads = sweepea.ThreadPool(kernel, config.threads)
+        # A worker process imports what it may have to run before any time limit counts.
+        modules = {registered.function.__module__ for registered in TASKS.values()
+                   if self._runs_in_process(registered)}
         self._processes = sweepea.ProcessPool(
-            kernel, config.processes, load_tasks, (config.tasks,))
+            kernel, config.processes, load_tasks, (sorted(modules),))
         self._link = sweepea.Link(config.urls, self._on_connect)
+        self.client = Client(config, self._link, calls_name(config.routing_key),
+                             self._declare_anew)
         await spawn(self._obey, incoming)
         link = await spawn(self._stay_connected)
         for corofunc in background:
@@ -593,10 +745,12 @@ class OliveOly:
         for job in self._in_hand:
             if job.channel is not None:
                 log.warning("given back, as it did not end in time: %s", job.name)
+        self.client.forget_replies()
         await link.cancel()
 
     async def _beside(self, corofunc: Callable) -> None:
         # Not before there is a queue for what the function may want to send.
+        _here.set((self, None))
         await self._link.up.wait()
         await corofunc()
 
@@ -612,11 +766,14 @@ class OliveOly:
         """Called by the link for each new connection, before it counts as up."""
         await declare_topology(channel, self.config)
         await spawn(self._guard, channel)
-        self._consumers = []
-        if self._link.was_brief:
-            await spawn(self._widen, channel)
-        await self._consume(channel, 1 if self._link.was_brief else
-                            self.config.prefetch)
+        window = 1 if self._link.was_brief else self.config.prefetch
+        self._consumers = {self.config.queue: [], self._calls_queue: []}
+        for queue in self._consumers:
+            self._callers.setdefault(queue, Counter())
+            if not self._stop.is_set():
+                await self._consume(channel, queue, window)
+        await self.client.listen_again(connection, channel)
+        await spawn(self._tend, channel, window)
         if not self._link.ever_up:
             log.info("waiting for tasks in %s: %s", self.config.queue,
                      ", ".join(sorted(TASKS)))
@@ -647,14 +804,35 @@ class OliveOly:
         In this order, or what is given back would come straight in again.
         """
         await self._news.wake()             # a stop is a reason to await no message
-        if channel := self._link.channel:
-            with suppress(AMQPError):       # or it is lost just now, and they with it
-                for consumer in self._consumers:
-                    await channel.call("basic_cancel", consumer)
+        await ignore_after(2.0, self._cancel_consumers)     # the broker may be frozen
         for job in list(self._in_hand):
             await self._let_go(job)
-        for job in list(self._in_hand):
-            await job.kernel_task.wait()
+        while self._in_hand:
+            # If nobody takes what is called, those who wait for it wait in vain.
+            calling = set().union(*self._callers.values())
+            if self._in_hand <= calling and not await self._is_answered():
+                for job in list(self._in_hand):
+                    await self._give_back(job)
+            self._callers_changed.clear()
+            running = self._in_hand - calling
+            wait = running.pop().kernel_task.wait if running else (
+                self._callers_changed.wait)
+            await ignore_after(0.5, wait)
+
+    async def _cancel_consumers(self) -> None:
+        if channel := self._link.channel:
+            with suppress(AMQPError):       # or it is lost just now, and they with it
+                for consumer in sum(self._consumers.values(), []):
+                    await channel.call("basic_cancel", consumer)
+
+    async def _is_answered(self) -> bool:
+        """Whether another app takes what is called."""
+        if channel := self._link.channel:
+            with suppress(AMQPError):
+                declared = await channel.call(
+                    "queue_declare", self._calls_queue, passive=True)
+                return declared.method.consumer_count > 0
+        return False
 
 
 def _leave_at_once(number: int, _frame=None) -> None:
@@ -703,8 +881,8 @@ class Trace:
 # neither decodes nor encodes what threads and processes work on, and what travels to a
 # process and back is plain and quick to pickle:
 #
-#     kernel    (task name, id, body)  --->  worker: decode, call the function, encode
-#     kernel    Outcome                <---
+#     kernel    (what the job is, body)  --->  worker: decode, call, encode
+#     kernel    Outcome                  <---
 #
 # Bodies and replies are Celery's, as JSON:
 #
@@ -715,6 +893,9 @@ class Trace:
 #     failure   {"task_id": id, "status": "FAILURE", "result":
 #               {"exc_type": "ValueError", "exc_message": ["text"], "exc_module":
 #               "builtins"}, "traceback": text, "children": []}
+#
+# Some values that JSON does not have travel as kombu, Celery's messenger, writes them:
+# {"__type__": "date", "__value__": "2026-02-28"}.
 # =====================================================================================
 
 MAX_RESULT = 16 << 20                       # bytes of JSON: RabbitMQ 4's own limit
@@ -757,6 +938,47 @@ class WorkerLostError(Exception):
     __module__ = "billiard.exceptions"
 
 
+def _time(text: str) -> datetime:
+    return datetime.fromisoformat(text.replace("Z", "+00:00"))  # Python 3.10 has no Z
+
+
+# A class, how it is written, and for each name how it is read. A datetime is a date,
+# too, so it comes first.
+_WRITTEN = {
+    datetime: ("datetime", datetime.isoformat), date: ("date", date.isoformat),
+    time_of_day: ("time", time_of_day.isoformat), Decimal: ("decimal", str),
+    uuid.UUID: ("uuid", lambda value: {"hex": value.hex, "version": value.version}),
+    bytes: ("base64", lambda value: base64.b64encode(value).decode())}
+_READ = {
+    "datetime": _time, "date": lambda value: _time(value).date(),
+    "time": time_of_day.fromisoformat, "decimal": Decimal, "bytes": str.encode,
+    "uuid": lambda value: uuid.UUID(value["hex"]), "base64": base64.b64decode}
+
+
+def _write(value: Any) -> dict:
+    for kind, (name, write) in _WRITTEN.items():
+        if isinstance(value, kind):
+            return {"__type__": name, "__value__": write(value)}
+    raise TypeError(f"a value of type {type(value).__name__} is not JSON")
+
+
+def _read(found: dict) -> Any:
+    if found.keys() != {"__type__", "__value__"}:
+        return found
+    try:
+        return _READ[found["__type__"]](found["__value__"])
+    except Exception:
+        raise ValueError(f"{_shown(found)} is none of the types that we know") from None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+to_json = json.JSONEncoder(allow_nan=False, default=_write).encode
+from_json = json.JSONDecoder(object_hook=_read, parse_constant=_refuse).decode
+
+
 def _decode(body: bytes) -> tuple[list, dict]:
     """Take the arguments out of a body.
 
@@ -764,11 +986,8 @@ def _decode(body: bytes) -> tuple[list, dict]:
     for one of Celery's canvases. These are refused aloud, for half of them supported
     would be worse than none: a coroutine does the same in a line that one can read.
     """
-    def refuse(constant):
-        raise ValueError(f"{constant} is not JSON")
-
     try:
-        asked = json.loads(body.decode(), parse_constant=refuse)
+        asked = from_json(body.decode())
     except RecursionError:
         raise ValueError("the body is nested too deeply") from None
     match asked:
@@ -782,8 +1001,8 @@ def _decode(body: bytes) -> tuple[list, dict]:
 
 def _answer(ident: str | None, status: str, result: Any, trace: str | None) -> bytes:
     """The body of a reply, as Celery's clients read it."""
-    return json.dumps({"task_id": ident, "status": status, "result": result,
-                       "traceback": trace, "children": []}, allow_nan=False).encode()
+    return to_json({"task_id": ident, "status": status, "result": result,
+                    "traceback": trace, "children": []}).encode()
 
 
 def _failure(reason: str, ident: str | None, exc: BaseException, status="FAILURE",
@@ -808,12 +1027,14 @@ def _clean(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-async def _perform(name: str, ident: str, body: bytes) -> Outcome:
+async def _perform(info: tuple, body: bytes) -> Outcome:
     """Run the job of a message, and say what came of it, whatever that is.
 
     Nothing that a task raises leaves this function: neither may an exception take a
     thread or the kernel with it, nor a SystemExit the app.
     """
+    ident, name, *_ = info
+    _job_info.set(info)
     try:
         args, kwargs = _decode(body)
     except Unsupported as exc:
@@ -852,10 +1073,292 @@ def _execute(*what) -> Outcome:
     raise RuntimeError("a task that is no coroutine function returned a coroutine")
 
 
-def _execute_in_child(name: str, *what) -> Outcome | None:
-    """The same in a worker process. None if the task is not known there, as one that
-    the program registered after its start is."""
-    return _execute(name, *what) if name in TASKS else None
+def _execute_in_child(module: str, info: tuple, body: bytes) -> Outcome | None:
+    """The same in a worker process, which knows a task by the module that defines it.
+    None if the module does not define the task where it is imported: under the guard
+    `if __name__ == "__main__":`, say, or in no file at all."""
+    name = info[1]
+    if name not in TASKS:
+        load_tasks((module,))
+    return _execute(info, body) if name in TASKS else None
+
+
+# =====================================================================================
+# Calling
+#
+# A task is called by a message: somebody publishes it, and its reply is sent to the
+# queue that the message names. A `Client` does that, for the tasks of the app (`call`),
+# and for other programs (olive_utils.py):
+#
+#     client                           RabbitMQ                          app
+#        |  publish, mandatory             |                              |
+#        +-------------------------------->|  Olive.x ---> Olive.q        |
+#        |<--------------------------------+  confirm: it is stored       |
+#        |                                 +----------------------------->|  delivery
+#        |                                 |<-----------------------------+  reply
+#        |<--------------------------------+  the client's queue          |
+#
+# "Mandatory" makes the broker return a message that no queue takes. Without it the
+# broker would throw the message away and confirm it all the same.
+#
+# The queue of the replies is a quorum queue, and so it outlives a lost connection, and
+# even the broker's death. If the client is gone for ten minutes, the broker deletes it.
+# =====================================================================================
+
+REPLIES_KEPT = 600_000      # ms that a queue of replies outlives its client
+CONFIRM_LIMIT = 30.0        # seconds that a sender waits for the broker
+
+_here: ContextVar[tuple] = ContextVar("here")       # the app and the job that runs
+
+
+class TaskFailed(Exception):
+    """A job failed; `exc_type`, `text` and the remote `traceback` say how."""
+
+    def __init__(self, reply: dict) -> None:
+        error = reply["result"]
+        self.exc_type, self.traceback = error["exc_type"], reply["traceback"] or ""
+        self.text = " ".join(map(str, error["exc_message"]))
+        super().__init__(f"{self.exc_type}: {self.text}")
+
+
+async def call(name: str, args=(), kwargs=None, *, timeout: float | None = None,
+               **options) -> Any:
+    """Call a task from a task that is a coroutine, or from a background coroutine of
+    the app; return what it returns.
+
+    timeout: how many seconds to wait. The other parameters are those of `Client.send`.
+    Raises TaskFailed if the job failed, and TimeoutError if no answer came in time.
+    """
+    app, job = await _caller()
+    return await app._call(job, name, args, kwargs, timeout=timeout, **options)
+
+
+async def send(name: str, args=(), kwargs=None, **options: Any) -> str:
+    """As `call`, but do not wait for the job; return its id once the broker has it."""
+    app, job = await _caller()
+    return await app.client.send(name, args, kwargs, parent=job, **options)
+
+
+async def _caller() -> tuple[OliveOly, Job | None]:
+    app, job = _here.get((None, None))
+    if app is None or app._kernel is not await sweepea._get_kernel():
+        raise RuntimeError("call() and send() are for coroutines that run in the app; "
+                           "elsewhere use olive_utils.call_task and send_task")
+    return app, job
+
+
+class Client:
+    """Sends messages and takes the replies. The app has one, on its own link; another
+    program gets one by `await Client.open(config)`.
+    """
+
+    def __init__(self, config: OliveAppConfig, link: sweepea.Link, routing_key: str,
+                 declare: Callable, limit: float | None = None) -> None:
+        self.config, self.link, self.limit = config, link, limit
+        self._routing_key, self._declare = routing_key, declare
+        self._replies = f"Olive.replies.{uuid.uuid4().hex}"     # made when it is needed
+        self._listens_on: sweepea.Channel | None = None
+        self._listening = sweepea.Semaphore(1)      # one task at a time begins to
+        self._answers: dict[str, Callable] = {}     # by id: what takes the reply
+
+    async def call(self, name, args=(), kwargs=None, *, timeout=None, **options) -> Any:
+        """Send a message, wait for the result of its job and return that.
+
+        timeout: how many seconds to wait; None is for ever. The other parameters, and
+        what is raised, are those of `send`. Raises TaskFailed if the job failed, and
+        TimeoutError if no answer came in time.
+        """
+        ident, answer = str(uuid.uuid4()), Future()
+        try:
+            async with ignore_after(timeout):
+                await self.ask(answer.set_result, ident, name, args, kwargs, **options)
+                reply = await sweepea._future_wait(answer)
+                if reply["status"] == "SUCCESS":
+                    return reply["result"]
+                raise TaskFailed(reply)
+            raise TimeoutError(f"no answer to {name} within {timeout:g} s")
+        finally:
+            self._answers.pop(ident, None)
+
+    async def ask(self, answer: Callable[[dict], Any], ident: str, *args: Any,
+                  **options: Any) -> None:
+        """Send a message; have `answer(reply)` called when there is a reply."""
+        self._answers[ident] = answer
+        await self.send(*args, ident=ident, reply_to=self._replies, **options)
+
+    async def send(self, name: str, args=(), kwargs=None, *, countdown=None, eta=None,
+                   expires=None, time_limit=None, priority=None, ident=None,
+                   reply_to=None, parent: Job | None = None) -> str:
+        """Send a message and return its id, once the broker has confirmed it.
+
+        name: the task that is to run. args, kwargs: its arguments, of which JSON can be
+        made. countdown: the job waits for so many seconds; or eta: it waits until then,
+        a datetime with a time zone. expires: after so many seconds, or after this
+        datetime, the job is not begun any more. time_limit: after so many seconds the
+        job is stopped. priority: 0 to 255, for a queue that has priorities.
+
+        Raises pika's UnroutableError if no queue takes the message, NackError if the
+        queue is full, and TimeoutError if the broker does not take it in time.
+        """
+        ident = ident or str(uuid.uuid4())
+        now = datetime.now(timezone.utc)
+        # AMQP has floating-point numbers, but pika cuts off what is behind the point.
+        limit = time_limit and Decimal(str(time_limit))
+        canvas = dict.fromkeys(("callbacks", "errbacks", "chain", "chord"))
+        body = to_json([list(args), dict(kwargs or {}), canvas]).encode()
+        properties = pika.BasicProperties(
+            content_type="application/json", content_encoding="utf-8", delivery_mode=2,
+            correlation_id=ident, reply_to=reply_to, priority=priority, headers={
+                "lang": "py", "task": name, "id": ident, "retries": 0, "group": None,
+                "root_id": parent.root_id if parent else ident,
+                "parent_id": parent.id if parent else None,
+                "timelimit": [limit, None], "eta": _moment(countdown or eta, now),
+                "expires": _moment(expires, now), "x-olive-sent": now.isoformat()})
+        async with ignore_after(self.limit):
+            if reply_to == self._replies:
+                await self._listen()
+            await self.publish(body, properties)
+            return ident
+        raise TimeoutError(f"the broker takes nothing for {self.limit:g} s: is it down, "
+                           "or short of memory or disk?")
+
+    async def publish(self, body: bytes, properties: pika.BasicProperties) -> None:
+        """Publish a message that is ready; return once the broker has confirmed it."""
+        exchange, key, error = self.config.exchange, self._routing_key, None
+        while True:
+            try:
+                return await self.link.publish(exchange, key, body, properties)
+            except NackError:
+                raise
+            except AMQPConnectionError:
+                await sleep(0.1)        # the link comes back
+            except AMQPError as exc:
+                if error:
+                    raise
+                error = exc             # somebody may have deleted what was there
+                await self._declare(exchange, describe(exc))
+
+    # -- replies
+
+    async def _listen(self) -> None:
+        async with self._listening:
+            while self._listens_on is None or self._listens_on is not self.link.channel:
+                await self.link.up.wait()
+                try:
+                    await self._listen_on(self.link.connection, self.link.channel)
+                except ChannelClosedByBroker:
+                    raise               # we may not
+                except AMQPError:
+                    await sleep(0.1)    # the link comes back
+
+    async def _listen_on(self, connection, channel: sweepea.Channel) -> None:
+        own = await connection.channel()    # if we may not, no other channel is closed
+        await own.call("queue_declare", self._replies, durable=True, arguments={
+            "x-queue-type": "quorum", "x-expires": REPLIES_KEPT})
+        own.pika.close()
+        channel.pika.basic_qos(prefetch_count=1_000)
+        await channel.call("basic_consume", self._replies,
+                           functools.partial(self._on_reply, channel))
+        self._listens_on = channel
+
+    async def listen_again(self, connection, channel: sweepea.Channel) -> None:
+        """On a new connection: take what came while there was none."""
+        if self._answers:
+            await self._listen_on(connection, channel)
+
+    def _on_reply(self, channel, _pika_channel, method, properties, body) -> None:
+        answer = self._answers.pop(properties.correlation_id, None)
+        if answer is not None:          # else nobody waits for it any more
+            try:
+                answer(from_json(body.decode()))
+            except ValueError as exc:
+                log.warning("a reply makes no sense: %s", exc)
+        channel.basic_ack(method.delivery_tag)
+
+    def forget_replies(self) -> None:
+        """Delete the queue of the replies, if there is one."""
+        channel = self._listens_on
+        if channel is not None and channel.closed is None and channel.pika.is_open:
+            channel.pika.queue_delete(self._replies)
+
+    # -- a client with a connection of its own
+
+    @classmethod
+    async def open(cls, config: OliveAppConfig) -> Client:
+        """Connect to the first of `config.urls` that answers, and again if that is lost.
+
+        What a message needs and is not there is declared, so that what is sent before
+        the app has ever run waits for the app. Raises pika's AMQPError if no broker
+        can be reached.
+        """
+        self = cls(config, None, config.routing_key, None, CONFIRM_LIMIT)
+        self._declare, self._tried, self._error = self._declare_missing, Event(), None
+        self.consumers = None           # how many apps listen, if we may know
+        self.link = sweepea.Link(config.urls, self._on_connect, patient=False)
+        self._connecting = await spawn(self._stay_connected)
+        try:
+            await self._tried.wait()
+            if self._error:
+                raise self._error
+        except BaseException:
+            await self._connecting.cancel(blocking=False)
+            raise
+        return self
+
+    async def aclose(self) -> None:
+        """Close the connection."""
+        self.forget_replies()
+        await self._connecting.cancel()
+
+    async def _stay_connected(self) -> None:
+        try:
+            await self.link.run()
+        except AMQPError as exc:
+            self._error = exc
+            await self._tried.set()
+
+    async def _on_connect(self, connection, channel: sweepea.Channel) -> None:
+        self.connection = connection
+        await self._declare_missing()
+        await self.listen_again(connection, channel)
+        await self._tried.set()
+
+    async def _declare_missing(self, *_why: str) -> None:
+        # First it is asked what is there: a user who may only write may ask, and the
+        # queue may have other arguments than we know. Where we may not declare, we go
+        # on, since that may not be needed.
+        config, is_missing = self.config, False
+        for method, name, arguments in (
+                ("exchange_declare", config.exchange, {"exchange_type": "direct"}),
+                ("queue_declare", config.queue, {"arguments": config.queue_arguments})):
+            for passive in True, False:
+                channel = await self.connection.channel()
+                try:
+                    answer = await channel.call(
+                        method, name, passive=passive, durable=True, **arguments)
+                    channel.pika.close()
+                    break
+                except ChannelClosedByBroker as exc:
+                    if exc.reply_code != 404:
+                        return
+                    is_missing = True
+        self.consumers = answer.method.consumer_count
+        if is_missing:
+            channel = await self.connection.channel()
+            with suppress(ChannelClosedByBroker):
+                await channel.call("queue_bind", config.queue, config.exchange,
+                                   config.routing_key)
+                channel.pika.close()
+
+
+def _moment(when: datetime | float | None, now: datetime) -> str | None:
+    """A point in time as Celery writes it; a number counts the seconds from now."""
+    if isinstance(when, (int, float)):
+        when = now + timedelta(seconds=when)
+    # Without a zone the app would take it for UTC, which in New York is five hours off.
+    if when is not None and when.tzinfo is None:
+        raise ValueError(f"{when} has no time zone: add .astimezone() or tzinfo=")
+    return None if when is None else when.isoformat()
 
 
 # =====================================================================================
@@ -884,8 +1387,7 @@ def _instant(value: Any, name: str) -> datetime | None:
     if value is None:
         return None
     try:
-        # Python 3.10 does not read the Z.
-        instant = datetime.fromisoformat(value.replace("Z", "+00:00"))
+        instant = _time(value)
         instant = instant if instant.tzinfo else instant.replace(tzinfo=timezone.utc)
         return instant.astimezone(timezone.utc)
     except (ValueError, AttributeError, TypeError, OverflowError):
@@ -911,8 +1413,8 @@ class Job:
                                            a success still sends its reply
     """
 
-    def __init__(self, channel: sweepea.Channel, method, properties, body) -> None:
-        self.channel, self.tag = channel, method.delivery_tag
+    def __init__(self, queue: str, channel, method, properties, body: bytes) -> None:
+        self.queue, self.channel, self.tag = queue, channel, method.delivery_tag
         self.begun, self.call, self.kernel_task = False, None, None
         self.properties, self.body = properties, body
         self.headers = properties.headers or {}
@@ -929,8 +1431,8 @@ class Job:
     def read(self) -> None:
         """Find out what the properties say.
 
-        `task`, `id`; `eta` and `expires`, datetimes in UTC or None; `limit`, seconds or
-        None; `retries`. Raises ValueError, with the reason, if they make no sense.
+        `task`, `id`, `root_id`; `eta` and `expires`, datetimes in UTC or None; `limit`,
+        seconds or None; `retries`. Raises ValueError, with the reason, if they make no sense.
         """
         properties, headers = self.properties, self.headers
         if properties.content_type != "application/json":
@@ -945,6 +1447,7 @@ class Job:
         self.id = headers.get("id") or properties.correlation_id
         if not isinstance(self.id, str):
             raise ValueError("there is no header 'id' with a text")
+        self.root_id = headers.get("root_id") or self.id
         self.eta = _instant(headers.get("eta"), "eta")
         self.expires = _instant(headers.get("expires"), "expires")
         limits = headers.get("timelimit") or [None, None]
@@ -998,6 +1501,11 @@ def _shown(text: Any) -> str:
     return repr(text)[:200]
 
 
+def _shown_lines(trace: str) -> str:
+    """A traceback for the log, on lines of its own."""
+    return "".join("\n    " + _shown(line)[1:-1] for line in trace.splitlines())
+
+
 # =====================================================================================
 # The ladder: messages that wait, inside the broker
 #
@@ -1044,6 +1552,11 @@ def wait_name(rung: int) -> str:
     return f"Olive.wait.{rung}"
 
 
+def calls_name(name: str) -> str:
+    """The queue, or the routing key, of what tasks call, beside that of the rest."""
+    return f"{name}.calls"
+
+
 def wait_key(seconds: float, queue: str) -> str:
     """The routing key for a delay: its binary digits, and the queue to go to then."""
     digits = f"{min(int(seconds), 2 ** LADDER - 1):0{LADDER}b}"
@@ -1062,12 +1575,16 @@ async def declare_topology(channel: sweepea.Channel, config: OliveAppConfig) -> 
     declare.exchange_declare(config.exchange, "direct", durable=True)
     declare.queue_declare(queue, durable=True, arguments=config.queue_arguments)
     declare.queue_bind(queue, config.exchange, config.routing_key)
+    calls = calls_name(queue)
+    declare.queue_declare(calls, durable=True, arguments=config.queue_arguments)
+    declare.queue_bind(calls, config.exchange, calls_name(config.routing_key))
     declare.exchange_declare(LOST, "fanout", durable=True)
     declare.queue_declare(LOST, durable=True, arguments=NO_LIMIT)
     declare.queue_bind(LOST, LOST)
     declare.exchange_declare(WAITED, "topic", durable=True,
                              arguments={"alternate-exchange": LOST})
     declare.queue_bind(queue, WAITED, f"{'*.' * LADDER}{queue}")
+    declare.queue_bind(calls, WAITED, f"{'*.' * LADDER}{calls}")
     for rung in range(LADDER):
         name, below = wait_name(rung), wait_name(rung - 1) if rung else WAITED
         declare.exchange_declare(name, "topic", durable=True)
@@ -1116,10 +1633,33 @@ def _count(default: int | None, meaning: str, most: int) -> Any:
 
 
 def _urls(value: str) -> str:
-    for url in map(str.strip, value.split(",")):
-        pika.URLParameters(url)     # raises what it does not understand
-        _good(url, url.startswith(("amqp://", "amqps://")))
-    return value
+    return ",".join(_url(url.strip()) for url in value.split(","))
+
+
+def _url(url: str) -> str:
+    """Check a URL; return it as pika needs it. No reason that is given holds a
+    password, so what the parsers say is not passed on where a password may be in it."""
+    escaped = "in a user or password write %23 for #, %2F for /, %2C for , and %40 for @"
+    if not url.startswith(("amqp://", "amqps://")):
+        raise ValueError(f"it begins otherwise, or {escaped}")
+    try:
+        parts = urlsplit(url)
+        parts.port
+        _good(url, "@" not in parts.path + parts.query and not parts.fragment)
+    except ValueError:
+        raise ValueError(f"the port is no number, or {escaped}") from None
+    # As Celery has them: no password means guest's, and // is the virtual host /.
+    user, at, host = parts.netloc.rpartition("@")
+    user = f"{user}:guest" if at and ":" not in user else user
+    path = "/%2F" if parts.path == "//" else parts.path
+    url = parts._replace(netloc=user + at + host, path=path).geturl()
+    try:
+        pika.URLParameters(url)
+    except OSError as exc:
+        raise ValueError(f"a file that ssl_options names: {exc.strerror}") from None
+    except Exception as exc:
+        raise ValueError(str(exc).partition(" value")[0]) from None
+    return url
 
 
 def _modules(value: tuple | str) -> tuple:
@@ -1145,8 +1685,10 @@ class OliveAppConfig:
         "commas", _urls)
     exchange: str = _setting("Olive.x", "where tasks are sent to", NAME, _name)
     queue: str = _setting("Olive.q", "where tasks come from",
-                          NAME.replace("255", "220"), lambda value: _name(value, 220))
-    routing_key: str = _setting("Olive.k", "what leads from there to here", NAME, _name)
+                          NAME.replace("255", "214"), lambda value: _name(value, 214))
+    routing_key: str = _setting("Olive.k", "what leads from there to here",
+                                NAME.replace("255", "249"),
+                                lambda value: _name(value, 249))
     queue_arguments: dict = _setting(
         '{"x-queue-type": "quorum"}', "arguments of the queue", "a JSON object",
         lambda value: dict(value if isinstance(value, dict) else json.loads(value)))
@@ -1194,8 +1736,8 @@ class OliveAppConfig:
                 continue
             try:
                 value = setting.metadata["read"](value)
-            except Exception:           # its text may hold the password
-                shown = "" if setting.name == "url" else f", not {value!r:.100}"
+            except Exception as exc:    # the value of a URL may hold a password
+                shown = f": {exc}" if setting.name == "url" else f", not {value!r:.100}"
                 raise ValueError(f"OLIVE_{setting.name.upper()}: must be "
                                  f"{setting.metadata['must']}{shown}") from None
             object.__setattr__(self, setting.name, value)   # the class is frozen
@@ -1265,7 +1807,7 @@ def main(argv: list[str] | None = None) -> None:
     config = replace(config, tasks=("olive_app", *config.tasks))
     if not options.with_broker and not options.demo:
         return OliveOly(config).start()
-    import olive_utils
+    olive_utils = importlib.import_module(_beside("olive_utils"))
     try:
         if options.demo:
             return olive_utils.demo(config)
@@ -1282,8 +1824,12 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(130) from None
 
 
+def _beside(module: str) -> str:
+    """The name of a module of ours, which may have been copied into a package."""
+    return f"{__package__}.{module}" if __package__ else module
+
+
 if __name__ == "__main__":
     # As a script this file is the module `__main__`. Task modules and child processes
     # import `olive_app`, and so must we, or there would be two registries.
-    import olive_app
-    olive_app.main()
+    importlib.import_module(_beside("olive_app")).main()

@@ -2,11 +2,10 @@
 
     python olive_utils.py add 2 3       sends the job `add`, waits, prints its result
 
-`send_task` and `call_task` do the same for a program; they are shaped like Celery's.
-Each of their calls opens a connection of its own, which takes some milliseconds. A
-program that sends often keeps a `Sender` open on a kernel instead.
+`send_task` and `call_task` do the same for a program that is not made of coroutines, a
+web application, say; they are shaped like Celery's.
 
-    1. The sender           one message, many messages, the dead queue, the command
+    1. The sender           for programs, the command, many messages, the dead queue
     2. The demo             an app and its sender in one program
     3. The private broker   a real RabbitMQ, for the demo and the tests
 
@@ -14,6 +13,7 @@ Copyright (c) 2026 the Sweepea authors. SPDX-License-Identifier: MIT
 """
 
 import argparse
+import atexit
 import json
 import logging
 import os
@@ -22,170 +22,153 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
+from concurrent.futures import Future
 from contextlib import aclosing, closing, contextmanager, suppress
 from dataclasses import replace
-from datetime import datetime, timedelta, timezone
-from decimal import Decimal
 from pathlib import Path
 
 import pika
 
-import sweepea
-from olive_app import OliveAppConfig, OliveOly, fail, republished
+if __package__:         # the files were copied into a package
+    from . import sweepea
+    from .olive_app import (
+        Client, OliveAppConfig, OliveOly, TaskFailed, call, calls_name, fail,
+        from_json, republished, to_json)
+else:
+    import sweepea
+    from olive_app import (
+        Client, OliveAppConfig, OliveOly, TaskFailed, call, calls_name, fail,
+        from_json, republished, to_json)
 
 
 # =====================================================================================
 # 1. The sender
 #
-# A sender publishes a message and waits until the broker has confirmed it. If it wants
-# an answer, it waits for the reply of the app as well:
+# What is sent, and how a reply finds the one who waits for it, is told at the class
+# `Client` of olive_app.py. A Client is made of coroutines, so it needs a kernel. For a
+# program that has none there is one in a thread of its own, from the first call on, and
+# with it one connection, which comes back when it is lost:
 #
-#     sender                           RabbitMQ                          app
-#        |  publish, mandatory             |                              |
-#        +-------------------------------->|  Olive.x ---> Olive.q        |
-#        |<--------------------------------+  confirm: it is stored       |
-#        |                                 +----------------------------->|  delivery
-#        |                                 |<-----------------------------+  reply
-#        |<--------------------------------+  to the sender's channel     |
-#
-# "Mandatory" makes the broker return a message that no queue takes. Without it the
-# broker would throw the message away and confirm it all the same.
+#     thread of the program                    the kernel's thread
+#        |  a coroutine that calls                |
+#        +--------------------------------------->|  spawned as a task: send, await
+#        |  waits for a Future                    |  ... the reply comes
+#        |<---------------------------------------+  the Future has the result
 # =====================================================================================
 
-# RabbitMQ's direct reply-to: whoever consumes from this name, which is no real queue,
-# gets on the same channel what is sent in reply to it. So a sender declares no queue.
-REPLY_TO = "amq.rabbitmq.reply-to"
+_lock = threading.Lock()                # for whoever makes the kernel
+_kernel: sweepea.Kernel | None = None
+_clients: dict[str, Client] = {}        # by settings; only the kernel's thread uses it
+_connecting = sweepea.Semaphore(1)      # one task at a time opens a Client
 
 
-class TaskFailed(Exception):
-    """A job failed; `exc_type`, `text` and the remote `traceback` say how."""
-
-    def __init__(self, reply: dict) -> None:
-        error = reply["result"]
-        self.exc_type, self.traceback = error["exc_type"], reply["traceback"] or ""
-        self.text = " ".join(map(str, error["exc_message"]))
-        super().__init__(f"{self.exc_type}: {self.text}")
-
-
-class Sender:
-    """A connection that sends messages. Made by `await Sender.open(config)`.
-
-    What the app answers comes into the Queue `replies`, as pairs (id, reply), in the
-    order in which the jobs are done.
-    """
-
-    @classmethod
-    async def open(cls, config: OliveAppConfig) -> "Sender":
-        """Connect to the first of `config.urls` that answers.
-
-        Raises pika's AMQPError if no broker can be reached.
-        """
-        self = cls()
-        self.config, self.replies = config, sweepea.Queue()
-        self.kernel = await sweepea._get_kernel()
-        self.connection = await sweepea.Connection.open(config.urls)
-        self.channel = await self.connection.channel(confirm=True)
-        await self.channel.call("basic_consume", REPLY_TO, self._reply, auto_ack=True)
-        return self
-
-    def _reply(self, _channel, _method, properties, body: bytes) -> None:
-        # pika calls this, and a callback cannot await: it spawns a task that can.
-        reply = properties.correlation_id, json.loads(body)
-        self.kernel._spawn(self.replies.put(reply))
-
-    async def send(self, name, args=(), kwargs=None, *, countdown=None, eta=None,
-                   expires=None, time_limit=None, priority=None, ident=None,
-                   reply_to=REPLY_TO) -> str:
-        """Send a message and return its id; parameters and errors as in `send_task`.
-
-        ident: the id of the message (default: a new one). reply_to: where the app shall
-        reply to (default: into `replies`); None is for no reply.
-        """
-        ident = ident or str(uuid.uuid4())
-        # AMQP has floating-point numbers, but pika cuts off what is behind the point.
-        limit = time_limit and Decimal(str(time_limit))
-        canvas = dict.fromkeys(("callbacks", "errbacks", "chain", "chord"))
-        body = json.dumps([list(args), dict(kwargs or {}), canvas], allow_nan=False)
-        await self.publish(body.encode(), pika.BasicProperties(
-            content_type="application/json", content_encoding="utf-8", delivery_mode=2,
-            correlation_id=ident, reply_to=reply_to, priority=priority, headers={
-                "lang": "py", "task": name, "id": ident, "root_id": ident, "retries": 0,
-                "parent_id": None, "group": None, "timelimit": [limit, None],
-                "eta": _moment(countdown or eta), "expires": _moment(expires)}))
-        return ident
-
-    async def publish(self, body: bytes, properties: pika.BasicProperties) -> None:
-        """Publish a message that is ready; return once the broker has confirmed it."""
-        await self.channel.basic_publish(
-            self.config.exchange, self.config.routing_key, body, properties)
-
-    async def call(self, timeout: float | None, *args, **options):
-        """Send a message, wait for the result of its job and return that.
-
-        Parameters and errors as in `call_task`. A Sender can do one call at a time,
-        since two would take each other's replies. The late reply to a call that timed
-        out is dropped by the next one.
-        """
-        async with sweepea.ignore_after(timeout):
-            ident, answered = await self.send(*args, **options), None
-            while answered != ident:
-                answered, reply = await self.replies.get()
-            if reply["status"] != "SUCCESS":
-                raise TaskFailed(reply)
-            return reply["result"]
-        raise TimeoutError(f"no answer within {timeout:g} s")
-
-    async def aclose(self) -> None:
-        """Close the connection."""
-        await self.connection.close()
-
-
-def _moment(when: datetime | float | None) -> str | None:
-    """A point in time as Celery writes it; a number counts the seconds from now."""
-    if isinstance(when, (int, float)):
-        when = datetime.now(timezone.utc) + timedelta(seconds=when)
-    # Without a zone the app would take it for UTC, which in New York is five hours off.
-    if when is not None and when.tzinfo is None:
-        raise ValueError(f"{when} has no time zone: add .astimezone() or tzinfo=")
-    return None if when is None else when.isoformat()
-
-
-async def _with_sender(config: OliveAppConfig, work, *args):
-    """Run `work(sender, *args)` on a connection of its own; return its result."""
-    async with aclosing(await Sender.open(config)) as sender:
-        return await work(sender, *args)
-
-
-def send_task(name, args=(), kwargs=None, *, countdown=None, eta=None, expires=None,
-              time_limit=None, priority=None) -> str:
+def send_task(name, args=(), kwargs=None, *, config=None, **options) -> str:
     """Send a message and return its id, once the broker has confirmed it.
 
     name: the task that is to run. args, kwargs: its arguments, of which JSON can be
-    made. countdown: the job waits for so many seconds; or eta: it waits until then, a
-    datetime with a time zone. expires: after so many seconds, or after this datetime,
-    the job is not begun any more. time_limit: after so many seconds the job is stopped.
-    priority: 0 to 255, for a queue that has priorities.
+    made, or a datetime, date, time, Decimal, UUID or bytes. config: an OliveAppConfig;
+    by default it is read from the environment, once. Options: countdown: the job waits
+    for so many seconds; or eta: it waits until then, a datetime with a time zone.
+    expires: after so many seconds, or after this datetime, the job is not begun any
+    more. time_limit: after so many seconds the job is stopped. priority: 0 to 255, for
+    a queue that has priorities.
 
-    The settings are those of the app, and come from the environment. Raises pika's
-    AMQPError if the broker cannot be reached or does not take the message; of these,
-    UnroutableError says that no queue is bound.
+    May be called from any thread. Raises ValueError for settings, times or arguments
+    that make no sense; pika's AMQPError if no broker can be reached or the broker does
+    not take the message (UnroutableError: no queue is bound, NackError: the queue is
+    full); TimeoutError if the broker says nothing for 30 s.
     """
-    return sweepea.run(_with_sender, OliveAppConfig.from_env(), lambda sender:
-        sender.send(name, args, kwargs, countdown=countdown, eta=eta, expires=expires,
-                    time_limit=time_limit, priority=priority, reply_to=None))
+    return _wait_for(config, lambda client: client.send(name, args, kwargs, **options))
 
 
-def call_task(name, args=(), kwargs=None, *, timeout: float | None = 30, **options):
+def call_task(name, args=(), kwargs=None, *, timeout: float | None = 30, config=None,
+              **options):
     """Send a message, wait for the result of its job and return that.
 
-    timeout: how many seconds to wait; None is for ever. The other parameters are those
-    of `send_task`. Raises what `send_task` raises, TaskFailed if the job failed, and
-    TimeoutError if no answer came in time.
+    timeout: how many seconds to wait, for the broker and for the answer; None is for
+    ever, for the answer. The other parameters are those of `send_task`. Raises what
+    `send_task` raises, TaskFailed if the job failed, and TimeoutError if no answer came
+    in time.
     """
-    return sweepea.run(_with_sender, OliveAppConfig.from_env(), lambda sender:
-        sender.call(timeout, name, args, kwargs, **options))
+    return _wait_for(config, lambda client: client.call(
+        name, args, kwargs, **options), timeout)
+
+
+def _wait_for(config: OliveAppConfig | None, work, timeout: float | None = None):
+    """Have `await work(client)` run in the kernel's thread; return its result."""
+    if threading.get_ident() in sweepea._driving:
+        raise RuntimeError("this would block the kernel: in a coroutine of the app use "
+                           "`await call(...)` or `await send(...)` of olive_app")
+    done, kernel = Future(), _start_kernel()
+
+    async def run() -> None:
+        try:
+            async with sweepea.ignore_after(timeout):
+                done.set_result(await work(await _client(config)))
+                return
+            raise TimeoutError(f"no answer within {timeout:g} s")
+        except BaseException as exc:
+            done.set_exception(exc)
+
+    kernel.loop.add_callback_threadsafe(lambda: kernel._spawn(run()))
+    return done.result()
+
+
+def _start_kernel() -> sweepea.Kernel:
+    global _kernel
+    with _lock:
+        if _kernel is None:
+            _kernel = sweepea.Kernel()
+            threading.Thread(target=_kernel.run, args=(sweepea.sleep, 1e9), daemon=True,
+                             name="olive sender").start()
+        return _kernel
+
+
+async def _client(config: OliveAppConfig | None) -> Client:
+    key = repr(config)
+    async with _connecting:
+        if key not in _clients:
+            _clients[key] = await Client.open(config or OliveAppConfig.from_env())
+        return _clients[key]
+
+
+def _close() -> None:
+    """At the end of the program: leave nothing with the broker."""
+    async def close_all() -> None:
+        for client in _clients.values():
+            await client.aclose()
+        closed.set()
+
+    closed, kernel = threading.Event(), _kernel
+    if kernel is not None:
+        kernel.loop.add_callback_threadsafe(lambda: kernel._spawn(close_all()))
+        closed.wait(2)
+
+
+def _forget() -> None:
+    """In a forked child there is no kernel's thread; the child starts its own."""
+    global _kernel, _lock, _connecting
+    _kernel, _lock, _connecting = None, threading.Lock(), sweepea.Semaphore(1)
+    _clients.clear()
+
+
+atexit.register(_close)
+os.register_at_fork(after_in_child=_forget)
+
+
+async def _with_client(config: OliveAppConfig, timeout: float, work, *args):
+    """Run `work(client, *args)` on a connection of its own; return its result."""
+    client = None
+    async with sweepea.ignore_after(timeout):
+        client = await Client.open(config)
+    if client is None:
+        raise pika.exceptions.AMQPConnectionError(
+            f"no broker has answered within {timeout:g} s")
+    async with aclosing(client):
+        return await work(client, *args)
 
 
 # -- many messages ---------------------------------------------------------------------
@@ -193,11 +176,11 @@ def call_task(name, args=(), kwargs=None, *, timeout: float | None = 30, **optio
 # _send_all spawns a task for each message, _send_one. Meanwhile _send_many takes what
 # comes into the Queue `replies`. The ids of unanswered messages are in `sent_at`.
 #
-#     (id, reply)     the app has answered            put there by the Sender
+#     (id, reply)     the app has answered            put there by the Client
 #     (id, reply)     confirmed; none is wanted       put there by _send_one (--no-wait)
 #     (id, error)     the message cannot be sent      put there by _send_one
 
-async def _send_all(sender: Sender, options, sent_at: dict[str, float]) -> None:
+async def _send_all(client: Client, options, sent_at: dict, replies) -> None:
     # This is the pattern of a limit. A permit is acquired here, by the task that makes
     # the others, and released there, by each of these when it is done. So never more
     # than 500 messages wait for their confirms, whatever --count is, and the next one
@@ -205,24 +188,27 @@ async def _send_all(sender: Sender, options, sent_at: dict[str, float]) -> None:
     limit = sweepea.Semaphore(500)
     for _ in range(options.count):
         await limit.acquire()
-        await sweepea.spawn(_send_one, sender, options, sent_at, limit)
+        await sweepea.spawn(_send_one, client, options, sent_at, replies, limit)
 
 
-async def _send_one(sender: Sender, options, sent_at: dict, limit) -> None:
-    ident = str(uuid.uuid4())
+async def _send_one(client: Client, options, sent_at: dict, replies, limit) -> None:
+    ident, kernel = str(uuid.uuid4()), await sweepea._get_kernel()
     sent_at[ident] = time.monotonic()
-    # Where no reply is wanted, the confirm stands in for it.
-    reply = {"status": "SUCCESS"}
+    wanted = dict(countdown=options.countdown, expires=options.expires,
+                  time_limit=options.time_limit, priority=options.priority)
+    what = options.task, options.args, options.kwargs
     try:
-        await sender.send(
-            options.task, options.args, options.kwargs, countdown=options.countdown,
-            expires=options.expires, time_limit=options.time_limit, ident=ident,
-            priority=options.priority, reply_to=None if options.no_wait else REPLY_TO)
+        if options.no_wait:
+            await client.send(*what, ident=ident, **wanted)
+            # No reply is wanted, so the confirm stands in for it.
+            await replies.put((ident, {"status": "SUCCESS"}))
+        else:
+            # A callback cannot await, so it spawns a task that can.
+            await client.ask(lambda reply: kernel._spawn(replies.put((ident, reply))),
+                             ident, *what, **wanted)
     except Exception as exc:
         # Nobody awaits this task, so an error goes the way that the replies go.
-        reply = exc
-    if options.no_wait or isinstance(reply, Exception):
-        await sender.replies.put((ident, reply))
+        await replies.put((ident, exc))
     await limit.release()
 
 
@@ -234,13 +220,15 @@ async def _next(queue: sweepea.Queue, timeout: float, what: str):
     raise SystemExit(3)
 
 
-async def _send_many(sender: Sender, options: argparse.Namespace) -> int:
+async def _send_many(client: Client, options: argparse.Namespace) -> int:
     """Send the messages, print what comes back as it comes; return the exit status."""
+    if client.consumers == 0 and not options.no_wait:
+        print(f"no app listens on {client.config.queue} yet; waiting", file=sys.stderr)
     began, sent_at, latencies, failed = time.monotonic(), {}, [], 0
-    said = began
-    await sweepea.spawn(_send_all, sender, options, sent_at)
+    replies, said = sweepea.Queue(), began
+    await sweepea.spawn(_send_all, client, options, sent_at, replies)
     while len(latencies) < options.count:
-        ident, reply = await _next(sender.replies, options.timeout, "answer")
+        ident, reply = await _next(replies, options.timeout, "answer")
         if isinstance(reply, Exception):
             raise reply
         # At-least-once means that a job may run twice, and then it answers twice.
@@ -249,7 +237,7 @@ async def _send_many(sender: Sender, options: argparse.Namespace) -> int:
         latencies.append(1000 * (time.monotonic() - sent_at.pop(ident)))
         if reply["status"] == "SUCCESS":
             # Whoever reads the results through a pipe gets each of them at once.
-            print(ident if options.no_wait else json.dumps(reply["result"]), flush=True)
+            print(ident if options.no_wait else to_json(reply["result"]), flush=True)
         else:
             failed += 1
             print(str(reply["traceback"] or TaskFailed(reply)).strip(), file=sys.stderr)
@@ -268,11 +256,12 @@ async def _send_many(sender: Sender, options: argparse.Namespace) -> int:
 
 # -- the dead queue --------------------------------------------------------------------
 
-async def _dead_letters(sender: Sender, options: argparse.Namespace) -> None:
+async def _dead_letters(client: Client, options: argparse.Namespace) -> None:
     """List the dead queue, or send back to work what lies in it now."""
-    queue, channel = sender.config.dead_queue, await sender.connection.channel()
+    queue, channel = client.config.dead_queue, await client.connection.channel()
     declared = await channel.call("queue_declare", queue, passive=True)
     count, letters = declared.method.message_count, sweepea.Queue()
+    kernel = await sweepea._get_kernel()
     # What is listed is not acknowledged: the broker takes it back when the channel
     # closes. So the window has to hold the whole queue. One consumer can ask for 65,535
     # messages at most, hence a longer queue has several consumers. To ask for no limit
@@ -280,7 +269,7 @@ async def _dead_letters(sender: Sender, options: argparse.Namespace) -> None:
     await channel.call("basic_qos", prefetch_count=min(count, 65_535))
     for _ in range(0, count, 65_535):
         await channel.call("basic_consume", queue, lambda *delivery:
-                           sender.kernel._spawn(letters.put(delivery)))
+                           kernel._spawn(letters.put(delivery)))
     for _ in range(count):
         _, method, properties, body = await _next(letters, options.timeout, "message")
         headers = properties.headers or {}
@@ -288,7 +277,7 @@ async def _dead_letters(sender: Sender, options: argparse.Namespace) -> None:
             # The message goes back as if it had never been tried.
             properties.headers = {name: headers[name] for name in headers
                                   if not str(name).startswith("x-olive-")}
-            await sender.publish(body, republished(properties, retries=0))
+            await client.publish(body, republished(properties, retries=0))
             channel.basic_ack(method.delivery_tag)
         else:
             shown = {name.removeprefix("x-olive-"): headers.get(name) for name in (
@@ -306,9 +295,9 @@ def _argument(text: str) -> tuple:
     if not equals or not name.isidentifier():
         name, value = None, text
     with suppress(ValueError, RecursionError):      # What is not JSON stays a text.
-        # Python reads NaN and 1e999 as numbers, but JSON has no such numbers.
-        json.dumps(json.loads(value), allow_nan=False)
-        value = json.loads(value)
+        # Python reads 1e999 as a number, but JSON has no such number.
+        value = from_json(value)
+        to_json(value)
     return name, value
 
 
@@ -363,10 +352,15 @@ def main(argv: list[str] | None = None) -> None:
     logging.getLogger("pika").setLevel(logging.CRITICAL)
     work = _dead_letters if options.dead or options.replay else _send_many
     try:
-        raise SystemExit(sweepea.run(_with_sender, config, work, options))
+        raise SystemExit(sweepea.run(
+            _with_client, config, options.timeout, work, options))
     except pika.exceptions.UnroutableError:
         fail(f"no queue is bound to {config.exchange} with the key {config.routing_key}"
              ": does the app run?", 4)
+    except pika.exceptions.NackError:
+        fail(f"the broker does not take the message: {config.queue} is full", 4)
+    except TimeoutError as exc:
+        fail(str(exc), 4)
     except sweepea.REFUSED as exc:
         fail(f"the broker refuses us: {sweepea.describe(exc)} (check OLIVE_URL)", 4)
     except pika.exceptions.AMQPError as exc:
@@ -385,9 +379,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def is_reachable(config: OliveAppConfig) -> bool:
     """Whether a broker takes us at one of the URLs."""
+    async def connect() -> None:
+        connection = await sweepea.Connection.open(config.urls)
+        await connection.close()
+
     logging.getLogger("pika").setLevel(logging.CRITICAL)
     try:
-        sweepea.run(_with_sender, config, lambda sender: sweepea.sleep(0))
+        sweepea.run(connect)
         return True
     except pika.exceptions.AMQPError:
         return False
@@ -403,14 +401,17 @@ def demo(config: OliveAppConfig) -> None:
     async def show_all() -> None:
         for job in [("add", [2, 3]), ("sleep_n", [0.2]), ("fib", [20]),
                     ("do_nothing", []), ("fail", ["on purpose"]), ("add", [1, 1], 1.5)]:
-            await _with_sender(app.config, _show, *job)
+            await _show(*job)
         app.stop()
 
-    async def delete(sender: Sender) -> None:
-        channel = await sender.connection.channel()
-        await channel.call("queue_delete", app.config.queue)
-        await channel.call("queue_delete", app.config.dead_queue)
+    async def delete() -> None:
+        connection = await sweepea.Connection.open(config.urls)
+        channel = await connection.channel()
+        for queue in app.config.queue, calls_name(app.config.queue), (
+                app.config.dead_queue):
+            await channel.call("queue_delete", queue)
         await channel.call("exchange_delete", app.config.exchange)
+        await connection.close()
 
     if not is_reachable(config):
         what = "no RabbitMQ takes us there: starting a private one ..."
@@ -421,14 +422,14 @@ def demo(config: OliveAppConfig) -> None:
     app = OliveOly(replace(config, exchange=f"{name}.x", queue=f"{name}.q",
                            dead_queue=f"{name}.dead", log_level="CRITICAL"))
     app.start(show_all)
-    sweepea.run(_with_sender, config, delete)
+    sweepea.run(delete)
 
 
-async def _show(sender: Sender, name: str, args: list, countdown=None) -> None:
+async def _show(name: str, args: list, countdown=None) -> None:
     """Call a task, print the call, what came back, and how long it took."""
     began = time.monotonic()
     try:
-        answer = await sender.call(30, name, args, countdown=countdown)
+        answer = await call(name, args, timeout=30, countdown=countdown)
     except (TaskFailed, TimeoutError) as exc:
         answer = f"failed: {exc}"
     shown = ", ".join(map(repr, args)) + (f", {countdown=}" if countdown else "")

@@ -39,6 +39,7 @@ import queue
 import random
 import signal
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -1261,6 +1262,23 @@ class _Services(SelectorIOServicesAdapter):
     """pika's own adapter to its loop, which also notes the numbers of the sockets, so
     that forked children can be kept from holding them (see the end of chapter 6)."""
 
+    def getaddrinfo(self, host, port, on_done, socktype=0, **kwargs) -> Future:
+        """Look a name up, as pika does, but in a daemon thread: the end of the program
+        must not wait for a name server that does not answer."""
+        loop, answer = self.get_native_ioloop(), Future()   # pika may cancel the latter
+
+        def look_up() -> None:
+            try:
+                found = socket.getaddrinfo(host, port, type=socktype, **kwargs)
+            except Exception as exc:
+                found = exc
+            with suppress(RuntimeError):        # the loop is closed by now
+                loop.add_callback_threadsafe(
+                    lambda: answer.cancelled() or on_done(found))
+
+        threading.Thread(target=look_up, daemon=True).start()
+        return answer
+
     def set_reader(self, fd: int, on_readable: Callable[[], None]) -> None:
         _connected.add(fd)
         super().set_reader(fd, on_readable)
@@ -1293,10 +1311,11 @@ class Connection(_Closable):
     async def _open(self, url: str) -> None:
         self._unblocked = Event()       # up as long as the broker lets us publish
         await self._unblocked.set()
+        params = pika.URLParameters(url)
 
         def connect(on_open_callback: Callable) -> None:
             self.pika = SelectConnection(
-                pika.URLParameters(url), custom_ioloop=_Services(self._kernel.loop),
+                params, custom_ioloop=_Services(self._kernel.loop),
                 on_open_callback=on_open_callback, on_close_callback=self._on_error,
                 on_open_error_callback=self._on_error)
             self.pika.add_on_connection_blocked_callback(self._on_blocked)
@@ -1305,7 +1324,12 @@ class Connection(_Closable):
         # If the caller is cancelled, the connection is closed once it is open (see
         # `_answer`) and not earlier, since pika trips over a close() in the midst of
         # its handshake. pika itself gives the handshake up after 15 s.
-        await self._call(connect, callback="on_open_callback")
+        try:
+            await self._call(connect, callback="on_open_callback")
+        except AMQPError as exc:
+            kind = type(exc) if isinstance(exc, REFUSED) else AMQPConnectionError
+            where = f"{params.host}:{params.port}"
+            raise kind(f"{where}: {describe(exc)}") from exc
 
     def _on_error(self, connection, error) -> None:
         # pika takes every connection that is lost during the handshake for a refusal. A
@@ -1470,9 +1494,9 @@ class Link:
     costs no delivery.
     """
 
-    def __init__(self, urls: Iterable[str], on_connect: Callable) -> None:
+    def __init__(self, urls: Iterable[str], on_connect: Callable, patient=True) -> None:
         self._urls = list(urls)
-        self._on_connect = on_connect
+        self._on_connect, self._patient = on_connect, patient
         self._opening = Semaphore(1)        # one task at a time opens the publisher
         # The connection and the channels, while the link is up.
         self.connection = self.channel = self._publisher = None
@@ -1485,7 +1509,8 @@ class Link:
 
         The first connection must not fail for reasons that waiting does not mend: a
         refusal (REFUSED), or a queue that exists with other arguments (pika's
-        ChannelClosedByBroker); these are raised. Everything later is tried again.
+        ChannelClosedByBroker); these are raised. Of a link that is not `patient`, the
+        first connection must not fail at all. Everything later is tried again.
         """
         attempts, said = 0, ""
         while True:
@@ -1495,7 +1520,7 @@ class Link:
                 attempts = attempts if self.was_brief else 0
             except AMQPError as exc:
                 hopeless = isinstance(exc, (*REFUSED, ChannelClosedByBroker))
-                if hopeless and not self.ever_up:
+                if not self.ever_up and (hopeless or not self._patient):
                     raise
                 if describe(exc) != said:       # each reason is told once
                     said = describe(exc)
@@ -1515,9 +1540,9 @@ class Link:
         try:
             channel = await connection.channel()
             await self._on_connect(connection, channel)
-            log.log(logging.WARNING if self.ever_up else logging.INFO, "%s to %s",
+            log.log(logging.WARNING if self.ever_up else logging.INFO, "%s to %s:%d",
                     "reconnected" if self.ever_up else "connected",
-                    connection.pika.params.host)
+                    connection.pika.params.host, connection.pika.params.port)
             self.connection, self.channel, self.ever_up = connection, channel, True
             began = await clock()
             await self.up.set()
@@ -1572,6 +1597,19 @@ def describe(error: BaseException) -> str:
 
 THREADS = 20                        # the sizes of the pools, unless somebody has made
 PROCESSES = os.cpu_count() or 1     # a pool of another size for the kernel before
+WORKER_NAME = "sweepea-worker"      # of each worker process, as multiprocessing has it
+
+
+def in_worker() -> bool:
+    """Whether this process is a worker process.
+
+    That can be asked from the start, even while the main module is being imported: by
+    then multiprocessing has given the process its name, but not yet a parent.
+    """
+    # A worker process has imported multiprocessing before it imports anything of ours.
+    multiprocessing = sys.modules.get("multiprocessing")
+    return bool(multiprocessing) and (
+        multiprocessing.current_process().name == WORKER_NAME)
 
 
 async def run_in_thread(func: Callable, *args: Any) -> Any:
@@ -1589,9 +1627,10 @@ async def run_in_process(func: Callable, *args: Any) -> Any:
     """Run `func(*args)` in a worker process; return its result or raise its exception.
 
     Function, arguments and result travel by pickle. If the caller is cancelled, the
-    process is killed. Raises WorkerLost if the process dies, WorkerStartError if none
-    can be started, and WorkerError in place of an exception that cannot be pickled;
-    `__cause__` holds the remote traceback.
+    process is killed, and with it whatever the function has started. Raises WorkerLost
+    if the process dies, WorkerStartError if none can be started, and WorkerError in
+    place of an exception that cannot be pickled; `__cause__` holds the remote
+    traceback.
     """
     kernel = await _get_kernel()
     pool = getattr(kernel, "process_pool", None) or ProcessPool(kernel, PROCESSES)
@@ -1614,12 +1653,16 @@ class Call:
                         the kernel has it: the call is taken back, and never runs
         end_ticket      the thread has it: the outcome counts
                         the kernel has it: the thread is abandoned in its midst
+
+    `name` is what the log calls it. `thread` is the number of the thread that ran it,
+    from `began` to `ended`, by the kernel's clock; all three are None until then.
     """
 
-    began = outcome = error = alarm = None
+    thread = began = ended = outcome = error = alarm = None
 
     def __init__(self, pool: ThreadPool, func, args, limit: float | None = None):
         self.pool, self.func, self.args, self.limit = pool, func, args, limit
+        self.name = getattr(func, "__qualname__", func)
         # The function sees the context variables of the task that calls it.
         self.context = contextvars.copy_context()
         self.begin_ticket, self.end_ticket = threading.Lock(), threading.Lock()
@@ -1698,9 +1741,9 @@ class ThreadPool:
             self._threads += 1
 
     def _work(self) -> None:
-        pid = os.getpid()
+        pid, thread = os.getpid(), threading.get_ident()
         while (call := self._calls.get()) is not None:
-            call.began = time.monotonic()
+            call.thread, call.began = thread, time.monotonic()
             if not call.begin_ticket.acquire(blocking=False):
                 continue
             outcome = error = None
@@ -1716,7 +1759,7 @@ class ThreadPool:
                 # The kernel has given up this thread, and lets another take its place.
                 self.abandoned.discard(call)
                 return
-            call.outcome, call.error = outcome, error
+            call.outcome, call.error, call.ended = outcome, error, time.monotonic()
             call.callback(call)
             del call, outcome, error        # hold on to nothing while waiting
 
@@ -1734,8 +1777,7 @@ class ThreadPool:
         with suppress(RuntimeError):    # no thread to be had: `submit` tries again
             self._grow()
         log.warning("a thread was abandoned in %s, which still runs (%d of %d)",
-                    getattr(call.func, "__qualname__", call.func), len(self.abandoned),
-                    self.size)
+                    call.name, len(self.abandoned), self.size)
         return True
 
     def shutdown(self) -> None:
@@ -1761,10 +1803,14 @@ def _process_main(sock: socket.socket) -> None:
         _handled.add(number)
     _connected.add(sock.fileno())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
+    # What a job starts is in a process group that this process leads, and dies with it.
+    # A daemon, which our parent has made of us, may not use multiprocessing; a job may.
+    os.setpgrp()
+    from multiprocessing import connection, current_process, parent_process
+    current_process().daemon = False
     # A process that computes reads no socket, so a thread waits for the parent to die.
-    from multiprocessing import connection, parent_process
     sentinel = parent_process().sentinel
-    threading.Thread(target=lambda: (connection.wait([sentinel]), os._exit(1)),
+    threading.Thread(target=lambda: (connection.wait([sentinel]), _leave()),
                      daemon=True).start()
     # The socket is read as a plain file, which does in C what `sock.makefile` does in
     # Python. What the program said by `socket.setdefaulttimeout` is not for this one.
@@ -1778,6 +1824,22 @@ def _process_main(sock: socket.socket) -> None:
             reply = _pickled_exception(exc)
         sock.sendall(len(reply).to_bytes(_HEAD, "big") + reply)
         func = args = reply = None      # hold on to nothing while waiting
+    _leave()
+
+
+def _leave() -> None:
+    """End this worker process, and with it all that its jobs have started."""
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+def _kill(process) -> None:
+    """Kill a worker process, and with it all that its jobs have started.
+
+    Not for one that was seen to be dead some time ago: its number may be another's.
+    """
+    with suppress(OSError):         # it is too young to lead a group
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
 
 
 def _pickled_exception(exc: BaseException) -> bytes:
@@ -1802,7 +1864,7 @@ class _Worker:
         self.sock.setblocking(False)
         # multiprocessing hands the number of the socket on to the new process.
         self.process = get_context("spawn").Process(
-            target=_process_main, args=(theirs,), daemon=True)
+            target=_process_main, args=(theirs,), name=WORKER_NAME, daemon=True)
         # SIGINT and SIGTERM are blocked until the child has its handlers, or a Ctrl-C
         # in between would end it. Along with the first child multiprocessing starts a
         # helper of its own, which must not be born with blocked signals.
@@ -1852,7 +1914,7 @@ class _Worker:
         # there only after that. A process that closed its socket may even live on.
         await ignore_after(1.0, read_wait(self.process.sentinel))
         await io_release(self.process.sentinel)
-        self.process.kill()
+        _kill(self.process)
         self.process.join()
         code = self.process.exitcode
         if code >= 0:
@@ -1863,7 +1925,8 @@ class _Worker:
 
     async def close(self) -> None:
         """Kill the process, whatever it does."""
-        self.process.kill()
+        if self.process.is_alive():
+            _kill(self.process)
         await io_release(self.sock)
         self.sock.close()
 
@@ -1886,14 +1949,17 @@ class ProcessPool:
         # Python joins its children before it exits. Ours end only when they are killed.
         atexit.register(self.shutdown)
 
-    async def call(self, func: Callable, args: tuple, limit=None) -> Any:
+    async def call(self, func: Callable, args: tuple, limit=None, begins=None) -> Any:
         """Run `func(*args)` in a process; for those who hold one of the `slots`.
 
+        `begins(pid)` is called when the call is handed to the process of that number.
         Raises TimeoutError, and kills the process, if that takes more than `limit`
         seconds from the moment in which the process is there to begin.
         """
         call = pickle.dumps((func, args))
         worker = await self._take()
+        if begins is not None:
+            begins(worker.process.pid)
         async with ignore_after(limit) as timer:
             ok, answer = await worker.request(call)
         if timer.expired:
@@ -1929,7 +1995,8 @@ class ProcessPool:
         """Kill all and wait for their end."""
         atexit.unregister(self.shutdown)
         for process in self._processes:
-            process.kill()
+            if process.is_alive():
+                _kill(process)
         for process in self._processes:
             process.join()
         for worker in self._idle:
