@@ -765,15 +765,16 @@ class OliveOly:
     async def _on_connect(self, connection, channel: sweepea.Channel) -> None:
         """Called by the link for each new connection, before it counts as up."""
         await declare_topology(channel, self.config)
+        await self.client.listen_again(connection, channel)
         await spawn(self._guard, channel)
         window = 1 if self._link.was_brief else self.config.prefetch
-        self._consumers = {self.config.queue: [], self._calls_queue: []}
+        await spawn(self._tend, channel, window)
+        # The main queue comes last: a message of it may end the connection at once.
+        self._consumers = {self._calls_queue: [], self.config.queue: []}
         for queue in self._consumers:
             self._callers.setdefault(queue, Counter())
             if not self._stop.is_set():
                 await self._consume(channel, queue, window)
-        await self.client.listen_again(connection, channel)
-        await spawn(self._tend, channel, window)
         if not self._link.ever_up:
             log.info("waiting for tasks in %s: %s", self.config.queue,
                      ", ".join(sorted(TASKS)))
@@ -959,7 +960,7 @@ def _write(value: Any) -> dict:
     for kind, (name, write) in _WRITTEN.items():
         if isinstance(value, kind):
             return {"__type__": name, "__value__": write(value)}
-    raise TypeError(f"a value of type {type(value).__name__} is not JSON")
+    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
 
 def _read(found: dict) -> Any:
@@ -1160,6 +1161,7 @@ class Client:
         self._listens_on: sweepea.Channel | None = None
         self._listening = sweepea.Semaphore(1)      # one task at a time begins to
         self._answers: dict[str, Callable] = {}     # by id: what takes the reply
+        self._gave_up = False       # a reply that nobody waits for may still come
 
     async def call(self, name, args=(), kwargs=None, *, timeout=None, **options) -> Any:
         """Send a message, wait for the result of its job and return that.
@@ -1178,13 +1180,18 @@ class Client:
                 raise TaskFailed(reply)
             raise TimeoutError(f"no answer to {name} within {timeout:g} s")
         finally:
-            self._answers.pop(ident, None)
+            if self._answers.pop(ident, None):
+                self._gave_up = True
 
     async def ask(self, answer: Callable[[dict], Any], ident: str, *args: Any,
                   **options: Any) -> None:
         """Send a message; have `answer(reply)` called when there is a reply."""
         self._answers[ident] = answer
-        await self.send(*args, ident=ident, reply_to=self._replies, **options)
+        try:
+            await self.send(*args, ident=ident, reply_to=self._replies, **options)
+        except Exception:
+            self._answers.pop(ident, None)      # nothing was sent
+            raise
 
     async def send(self, name: str, args=(), kwargs=None, *, countdown=None, eta=None,
                    expires=None, time_limit=None, priority=None, ident=None,
@@ -1278,7 +1285,9 @@ class Client:
     def forget_replies(self) -> None:
         """Delete the queue of the replies, if there is one."""
         channel = self._listens_on
-        if channel is not None and channel.closed is None and channel.pika.is_open:
+        # RabbitMQ 3.10 closes the connection of an app that sends a reply in the moment
+        # in which the queue is deleted. So where one may come, the queue is left alone.
+        if channel and channel.pika.is_open and not self._answers and not self._gave_up:
             channel.pika.queue_delete(self._replies)
 
     # -- a client with a connection of its own
@@ -1502,8 +1511,8 @@ def _shown(text: Any) -> str:
 
 
 def _shown_lines(trace: str) -> str:
-    """A traceback for the log, on lines of its own."""
-    return "".join("\n    " + _shown(line)[1:-1] for line in trace.splitlines())
+    """The frames of a traceback for the log, on lines of their own."""
+    return "".join("\n  " + _shown(line)[1:-1] for line in trace.splitlines()[1:-1])
 
 
 # =====================================================================================
@@ -1752,6 +1761,14 @@ class OliveAppConfig:
 
         A value that makes no sense: one line on stderr, exit status 2.
         """
+        try:
+            return cls.read(environ)
+        except ValueError as exc:
+            fail(str(exc), 2)
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str]) -> OliveAppConfig:
+        """The same, for a program that shall go on: raises ValueError."""
         known = {"OLIVE_" + setting.name.upper(): setting.name
                  for setting in fields(cls)}
         values = {}
@@ -1760,10 +1777,7 @@ class OliveAppConfig:
                 values[known[variable]] = text.strip()
             elif variable.startswith("OLIVE_") and text.strip():
                 print(f"olive: unknown setting {variable} (ignored)", file=sys.stderr)
-        try:
-            return cls(**values)
-        except ValueError as exc:
-            fail(str(exc), 2)
+        return cls(**values)
 
 
 def fail(text: str, status: int) -> None:

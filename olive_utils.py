@@ -70,7 +70,7 @@ def send_task(name, args=(), kwargs=None, *, config=None, **options) -> str:
 
     name: the task that is to run. args, kwargs: its arguments, of which JSON can be
     made, or a datetime, date, time, Decimal, UUID or bytes. config: an OliveAppConfig;
-    by default it is read from the environment, once. Options: countdown: the job waits
+    by default it is read from the environment. Options: countdown: the job waits
     for so many seconds; or eta: it waits until then, a datetime with a time zone.
     expires: after so many seconds, or after this datetime, the job is not begun any
     more. time_limit: after so many seconds the job is stopped. priority: 0 to 255, for
@@ -128,10 +128,13 @@ def _start_kernel() -> sweepea.Kernel:
 
 
 async def _client(config: OliveAppConfig | None) -> Client:
-    key = repr(config)
+    # Without a config the environment is looked at each time: it may have changed.
+    key = repr(config or [os.environ.get(f"OLIVE_{name}") for name in (
+        "URL", "EXCHANGE", "QUEUE", "ROUTING_KEY", "QUEUE_ARGUMENTS")])
     async with _connecting:
         if key not in _clients:
-            _clients[key] = await Client.open(config or OliveAppConfig.from_env())
+            settings = config or OliveAppConfig.read(os.environ)
+            _clients[key] = await Client.open(settings)
         return _clients[key]
 
 
@@ -161,12 +164,11 @@ os.register_at_fork(after_in_child=_forget)
 
 async def _with_client(config: OliveAppConfig, timeout: float, work, *args):
     """Run `work(client, *args)` on a connection of its own; return its result."""
-    client = None
-    async with sweepea.ignore_after(timeout):
+    client, limit = None, max(timeout, 2.0)
+    async with sweepea.ignore_after(limit):
         client = await Client.open(config)
     if client is None:
-        raise pika.exceptions.AMQPConnectionError(
-            f"no broker has answered within {timeout:g} s")
+        raise pika.exceptions.AMQPConnectionError(f"no answer within {limit:g} s")
     async with aclosing(client):
         return await work(client, *args)
 
@@ -296,8 +298,8 @@ def _argument(text: str) -> tuple:
         name, value = None, text
     with suppress(ValueError, RecursionError):      # What is not JSON stays a text.
         # Python reads 1e999 as a number, but JSON has no such number.
+        to_json(from_json(value))
         value = from_json(value)
-        to_json(value)
     return name, value
 
 
