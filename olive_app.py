@@ -1173,7 +1173,8 @@ class Client:
         ident, answer = str(uuid.uuid4()), Future()
         try:
             async with ignore_after(timeout):
-                await self.ask(answer.set_result, ident, name, args, kwargs, **options)
+                await self.ask(functools.partial(sweepea._answer, answer), ident, name,
+                               args, kwargs, **options)
                 reply = await sweepea._future_wait(answer)
                 if reply["status"] == "SUCCESS":
                     return reply["result"]

@@ -284,13 +284,12 @@ class Task:
         # Each task has context variables of its own, a copy of the spawner's. Without
         # this, what one task sets (the precision of decimals, say) would hold in every
         # other task from its next wait on.
-        run_in_context = contextvars.copy_context().run
-        self.send = functools.partial(run_in_context, coro.send)
+        self.run_in_context = contextvars.copy_context().run
+        self.send = functools.partial(self.run_in_context, coro.send)
 
     def throw(self, exc: BaseException) -> Any:
         """Raise `exc` where the coroutine stopped. For what did not come by a trap."""
-        run_in_context = self.send.func
-        return run_in_context(self.coro.throw, exc)
+        return self.run_in_context(self.coro.throw, exc)
 
     def __repr__(self) -> str:
         return f"Task(id={self.id}, name={self.name!r}, state={self.state!r})"
@@ -692,7 +691,7 @@ class Kernel:
             "trap_io_release": self._trap_io_release,
             "trap_io_waiting": self._trap_io_waiting,       # for Curio's library
             "trap_future_wait": self._trap_future_wait,
-            "trap_spawn": self._spawn,
+            "trap_spawn": self._trap_spawn,
             "trap_cancel_task": self._trap_cancel_task,
             "trap_sched_wait": self._trap_sched_wait,
             "trap_sched_wake": self._trap_sched_wake,
@@ -828,6 +827,13 @@ class Kernel:
     def _end_turn(self) -> None:
         while self._at_turn_end:
             self._at_turn_end.pop()()
+
+    def _trap_spawn(self, coro: Coroutine) -> Task:
+        # The copy of the spawner's context is made where that context is the current
+        # one. A task of Curio's class has none.
+        if run_in_context := getattr(self._current, "run_in_context", None):
+            return run_in_context(self._spawn, coro)
+        return self._spawn(coro)
 
     def _spawn(self, coro: Coroutine) -> Task:
         """Make a task of a coroutine. For callbacks of pika's, too."""
