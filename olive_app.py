@@ -32,6 +32,12 @@ Copyright (c) 2026 the Sweepea authors. SPDX-License-Identifier: MIT
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    # Ctrl-C during the imports, and at the end, ends the program without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import base64
 import copy
@@ -43,7 +49,6 @@ import logging
 import math
 import os
 import random
-import signal
 import sys
 import time
 import traceback
@@ -420,7 +425,7 @@ class OliveOly:
         is_dead = await self._move(job, "", self.config.dead_queue, reply, **{
             "x-olive-reason": reason, "x-olive-traceback": trace,
             "x-olive-error": f"{kind}: {text}"[:MAX_ERROR],
-            "x-olive-when": datetime.now(timezone.utc).isoformat()})
+            "x-olive-when": datetime.now(timezone.utc).isoformat(timespec="seconds")})
         if is_dead:                     # else its message is somebody else's now
             log.warning("%s is dead (%s): %s: %s%s", job.name, reason, kind,
                         _shown(text), _shown_lines(trace))
@@ -1227,8 +1232,8 @@ class Client:
                 await self._listen()
             await self.publish(body, properties)
             return ident
-        raise TimeoutError(f"the broker takes nothing for {self.limit:g} s: is it down, "
-                           "or short of memory or disk?")
+        raise TimeoutError(f"the broker takes nothing for {self.limit:g} s: is it down,"
+                           " or short of memory or disk?")
 
     async def publish(self, body: bytes, properties: pika.BasicProperties) -> None:
         """Publish a message that is ready; return once the broker has confirmed it."""
@@ -1295,7 +1300,7 @@ class Client:
 
     @classmethod
     async def open(cls, config: OliveAppConfig) -> Client:
-        """Connect to the first of `config.urls` that answers, and again if that is lost.
+        """Connect to the first of `config.urls` that answers, and again after a loss.
 
         What a message needs and is not there is declared, so that what is sent before
         the app has ever run waits for the app. Raises pika's AMQPError if no broker
@@ -1442,7 +1447,8 @@ class Job:
         """Find out what the properties say.
 
         `task`, `id`, `root_id`; `eta` and `expires`, datetimes in UTC or None; `limit`,
-        seconds or None; `retries`. Raises ValueError, with the reason, if they make no sense.
+        seconds or None; `retries`. Raises ValueError, with the reason, if they make no
+        sense.
         """
         properties, headers = self.properties, self.headers
         if properties.content_type != "application/json":
@@ -1649,7 +1655,7 @@ def _urls(value: str) -> str:
 def _url(url: str) -> str:
     """Check a URL; return it as pika needs it. No reason that is given holds a
     password, so what the parsers say is not passed on where a password may be in it."""
-    escaped = "in a user or password write %23 for #, %2F for /, %2C for , and %40 for @"
+    escaped = "in a password write %23 for #, %2F for /, %2C for , and %40 for @"
     if not url.startswith(("amqp://", "amqps://")):
         raise ValueError(f"it begins otherwise, or {escaped}")
     try:

@@ -12,16 +12,23 @@ web application, say; they are shaped like Celery's.
 Copyright (c) 2026 the Sweepea authors. SPDX-License-Identifier: MIT
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    # Ctrl-C during the imports, and at the end, ends the program without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import atexit
 import json
 import logging
+import math
 import os
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import uuid
@@ -214,11 +221,15 @@ async def _send_one(client: Client, options, sent_at: dict, replies, limit) -> N
     await limit.release()
 
 
+CLEAR = "\r\x1b[K"      # tells a terminal to empty the line that the cursor is in
+
+
 async def _next(queue: sweepea.Queue, timeout: float, what: str):
     """Take the next item of a Queue; if none comes in time, end with exit status 3."""
     async with sweepea.ignore_after(timeout):
         return await queue.get()
-    print(f"no {what} within {timeout:g} s", file=sys.stderr)
+    clear = CLEAR if _columns(sys.stderr) else ""
+    print(f"{clear}no {what} within {timeout:g} s", file=sys.stderr)
     raise SystemExit(3)
 
 
@@ -226,40 +237,120 @@ async def _send_many(client: Client, options: argparse.Namespace) -> int:
     """Send the messages, print what comes back as it comes; return the exit status."""
     if client.consumers == 0 and not options.no_wait:
         print(f"no app listens on {client.config.queue} yet; waiting", file=sys.stderr)
-    began, sent_at, latencies, failed = time.monotonic(), {}, [], 0
-    replies, said = sweepea.Queue(), began
-    await sweepea.spawn(_send_all, client, options, sent_at, replies)
-    while len(latencies) < options.count:
-        ident, reply = await _next(replies, options.timeout, "answer")
-        if isinstance(reply, Exception):
-            raise reply
-        # At-least-once means that a job may run twice, and then it answers twice.
-        if ident not in sent_at:
-            continue
-        latencies.append(1000 * (time.monotonic() - sent_at.pop(ident)))
-        if reply["status"] == "SUCCESS":
-            # Whoever reads the results through a pipe gets each of them at once.
-            print(ident if options.no_wait else to_json(reply["result"]), flush=True)
+    sent_at, screen, replies = {}, _Screen(options), sweepea.Queue()
+    tasks = [await sweepea.spawn(_send_all, client, options, sent_at, replies),
+             await sweepea.spawn(screen.keep_drawing)]
+    try:
+        while len(screen.latencies) < options.count:
+            ident, reply = await _next(replies, options.timeout, "answer")
+            if isinstance(reply, Exception):
+                # If nothing came back, there is nothing to tell but what is wrong.
+                screen.quiet = screen.quiet or not screen.latencies
+                raise reply
+            # At-least-once means that a job may run twice, and then it answers twice.
+            if ident not in sent_at:
+                continue
+            screen.latencies.append(1000 * (time.monotonic() - sent_at.pop(ident)))
+            if reply["status"] == "SUCCESS":
+                result = ident if options.no_wait else to_json(reply["result"])
+                screen.show(result, sys.stdout)
+            else:
+                screen.failed += 1
+                error = _plain(reply["traceback"] or TaskFailed(reply))
+                screen.show(error.strip(), sys.stderr)
+    finally:        # after Ctrl-C, and when no answer came in time, too
+        for task in tasks:
+            await task.cancel()
+        screen.draw(screen.summary(), end="\n")
+    return 1 if screen.failed else 0
+
+
+class _Screen:
+    """What came back so far, and what a user sees of that while messages are sent.
+
+    On a terminal a line of progress stands below the results. So what is printed there
+    is held back until the line is drawn anew, or the line would be torn.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.latencies, self.failed, self.total = [], 0, options.count  # milliseconds
+        self.began, self.quiet = time.monotonic(), options.quiet or options.count == 1
+        self.redraws = not self.quiet and _columns(sys.stderr) > 0
+        self.held: list[tuple] = []
+
+    def show(self, text: str, file) -> None:
+        """Print a result or an error: now, or when the line is drawn anew."""
+        if self.redraws and file.isatty():
+            self.held.append((text, file))
         else:
-            failed += 1
-            print(str(reply["traceback"] or TaskFailed(reply)).strip(), file=sys.stderr)
-        if options.count > 1 and time.monotonic() - said > 0.2:
-            said = time.monotonic()
-            print(f"{len(latencies)} of {options.count}", file=sys.stderr,
-                  end="\r" if sys.stderr.isatty() else "\n")
-    if options.count > 1:
-        count, seconds = options.count, time.monotonic() - began
-        latencies.sort()
-        print(f"{count - failed} ok, {failed} failed in {seconds:.2f} s: "
-              f"{count / seconds:.0f} tasks/s, latency p50 {latencies[count // 2]:.1f} "
-              f"ms, p99 {latencies[count * 99 // 100]:.1f} ms", file=sys.stderr)
-    return 1 if failed else 0
+            # Whoever reads the results through a pipe gets each of them at once.
+            print(text, file=file, flush=True)
+
+    def draw(self, line: str, end: str) -> None:
+        """Print what was held back, then a line in the place of the one before."""
+        if self.quiet:
+            return
+        if self.redraws:
+            print(CLEAR, end="", file=sys.stderr, flush=True)
+        for text, file in self.held:
+            print(text, file=file, flush=True)
+        self.held.clear()
+        print(line, end=end, file=sys.stderr, flush=True)
+
+    async def keep_drawing(self) -> None:
+        """Draw the line of progress again and again."""
+        while True:
+            await sweepea.sleep(0.2 if self.redraws else 5)
+            self.draw(self.progress(), end="" if self.redraws else "\n")
+
+    def progress(self) -> str:
+        """How much came back: a line that fits the terminal."""
+        done, seconds = len(self.latencies), time.monotonic() - self.began
+        before, after = f"{done}/{self.total} [", "]"
+        if done:
+            left = round((self.total - done) * seconds / done)
+            after = f"] {done / seconds:.1f}/s {left // 60}:{left % 60:02} left"
+        # There is room at the end for the ^C that a terminal prints. A line that goes
+        # on in the next one could not be taken back.
+        most = (_columns(sys.stderr) or 60) - 3
+        room = max(0, most - len(before + after))
+        bar = "#" * (room * done // self.total)
+        return (before + bar.ljust(room, "-") + after)[:most]
+
+    def summary(self) -> str:
+        """What came back, and how fast."""
+        done, seconds = len(self.latencies), time.monotonic() - self.began
+        text = f"{done - self.failed} ok, {self.failed} failed"
+        if done < self.total:
+            text += f", {self.total - done} outstanding"
+        text += f" in {seconds:.2f} s"
+        if done:
+            # p99: of a hundred latencies 99 are as long as this one, or shorter.
+            ranked = sorted(self.latencies)
+            p50, p99 = (ranked[math.ceil(done * part / 100) - 1] for part in (50, 99))
+            text += (f": {done / seconds:.0f} tasks/s, latency p50 {p50:.1f} ms, "
+                     f"p99 {p99:.1f} ms")
+        return text
+
+
+def _columns(stream) -> int:
+    """The width of a terminal; 0 if the stream leads to something else."""
+    is_terminal = stream is not None and stream.isatty()
+    return (os.get_terminal_size(stream.fileno()).columns or 80) if is_terminal else 0
+
+
+def _plain(text) -> str:
+    """Text from the wire for a terminal, which control characters could command."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1]
+                   for c in str(text))
 
 
 # -- the dead queue --------------------------------------------------------------------
 
-async def _dead_letters(client: Client, options: argparse.Namespace) -> None:
-    """List the dead queue, or send back to work what lies in it now."""
+async def _dead_letters(client: Client, options: argparse.Namespace) -> int:
+    """List the dead queue, or send back to work what lies in it now; or the one message
+    whose id was given. Return the exit status."""
+    wanted, found = options.dead or options.replay, 0       # an id; True is for all
     queue, channel = client.config.dead_queue, await client.connection.channel()
     declared = await channel.call("queue_declare", queue, passive=True)
     count, letters = declared.method.message_count, sweepea.Queue()
@@ -272,21 +363,55 @@ async def _dead_letters(client: Client, options: argparse.Namespace) -> None:
     for _ in range(0, count, 65_535):
         await channel.call("basic_consume", queue, lambda *delivery:
                            kernel._spawn(letters.put(delivery)))
+    columns = _columns(sys.stdout)
     for _ in range(count):
         _, method, properties, body = await _next(letters, options.timeout, "message")
         headers = properties.headers or {}
+        letter = {name.removeprefix("x-olive-"): headers.get(name) for name in (
+            "x-olive-when", "x-olive-reason", "task", "id", "x-olive-error")}
+        letter["id"] = letter["id"] or properties.correlation_id
+        if wanted not in (True, str(letter["id"])):
+            continue
+        found += 1
         if options.replay:
             # The message goes back as if it had never been tried.
             properties.headers = {name: headers[name] for name in headers
                                   if not str(name).startswith("x-olive-")}
             await client.publish(body, republished(properties, retries=0))
             channel.basic_ack(method.delivery_tag)
-        else:
-            shown = {name.removeprefix("x-olive-"): headers.get(name) for name in (
-                "task", "id", "x-olive-reason", "x-olive-error")}
-            shown["body"] = body[:1000].decode(errors="replace")
-            print(json.dumps(shown, default=str), flush=True)
-    print(count, "sent back to work" if options.replay else "dead", file=sys.stderr)
+            continue
+        if columns and wanted is True and found == 1:
+            print(_shown({name: name.upper() for name in letter}, columns))
+        text = body.decode(errors="replace")
+        letter |= ({"body": text[:1000]} if wanted is True else
+                   {"body": text, "headers": headers})
+        print(_shown(letter, columns), flush=True)
+    if wanted is not True and not found:
+        print(f"no message in {queue} has the id {wanted!r}", file=sys.stderr)
+        return 1
+    if options.replay:
+        print(found, "sent back to work", file=sys.stderr)
+    elif wanted is True:
+        print(f"{count} dead" if count else f"{queue} is empty", file=sys.stderr)
+    return 0
+
+
+def _shown(letter: dict, columns: int) -> str:
+    """A message of the dead queue, as JSON; on a terminal of so many columns as a row
+    of a table or, if it has its headers with it, in full."""
+    if not columns:
+        return json.dumps(letter, default=str)
+    if "headers" in letter:
+        body, trace = letter.pop("body"), letter["headers"].pop("x-olive-traceback", "")
+        rest = json.dumps(letter, default=str, indent=2, ensure_ascii=False)
+        return _plain(f"{rest}\n{body}\n{trace}").strip()
+    # A row that is too long for the terminal goes on in the next line. Lines are broken
+    # at spaces, and so a cell is filled up with blanks of another kind.
+    widths = {"when": 25, "reason": 12, "task": 20, "id": 36, "error": 0}
+    cells = [" ".join(_plain(letter[name] or "?").split())[:100].ljust(width, "\xa0")
+             for name, width in widths.items()]
+    return textwrap.fill("  ".join(cells), columns, subsequent_indent="    ",
+                         break_on_hyphens=False).replace("\xa0", " ")
 
 
 # -- the command -----------------------------------------------------------------------
@@ -317,29 +442,56 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     option("task", nargs="?", metavar="TASK", help="its name (without TASK: add 2 3)")
     option("args", nargs="*", type=_argument, metavar="[name=]ARG", help="JSON or text")
     option("--count", type=int, default=1, metavar="N", help="send it N times")
+    option("--quiet", action="store_true", help="no progress and no summary")
     option("--no-wait", action="store_true", help="print the id and do not wait")
     option("--timeout", **seconds, default=30.0, help="wait so long for an answer (30)")
     option("--countdown", **seconds, help="let it run after so many seconds")
     option("--expires", **seconds, help="do not run it after so many seconds")
     option("--time-limit", **seconds, help="stop it after so many seconds")
     option("--priority", type=int, metavar="0-255", help="for a queue with priorities")
-    option("--dead", action="store_true", help="list the dead queue")
-    option("--replay", action="store_true", help="send what is dead back to work")
+    dead = {"nargs": "?", "const": True, "metavar": "ID"}   # without an ID it is True
+    option("--dead", **dead, help="list the dead queue, or show one message in full")
+    option("--replay", **dead, help="send what is dead, or one message, back to work")
     option("--version", action="version", version=f"sweepea {sweepea.__version__}")
     options = parser.parse_intermixed_args(argv)
     if options.count < 1 or options.timeout <= 0:
         parser.error("--count and --timeout must be more than 0")
     if not 0 <= (options.priority or 0) <= 255:
         parser.error("--priority must be from 0 to 255")
-    if options.task == "":
-        parser.error("TASK is empty")
-    if [options.dead, options.replay, options.task is not None].count(True) > 1:
-        parser.error("--dead and --replay stand alone")
+    # An empty ID, which a script may give by mistake, must not stand for all.
+    if "" in (options.task, options.dead, options.replay):
+        parser.error("an ID or TASK is empty")
+    if [options.dead, options.replay, options.task].count(None) < 2:
+        parser.error("--dead and --replay stand alone: they take an ID, and no TASK")
     if options.task is None:
         options.task, options.args = "add", [(None, 2), (None, 3)]
     options.kwargs = {name: value for name, value in options.args if name}
     options.args = [value for name, value in options.args if not name]
     return options
+
+
+def _run(corofunc, *args):
+    """Run `corofunc(*args)` on a kernel; Ctrl-C cancels it.
+
+    Raises KeyboardInterrupt then, once all has come to its end. Python itself would do
+    so at once, in the midst of the kernel, or of a frame that pika writes.
+    """
+    async def obey(incoming, main) -> None:
+        await incoming.get()
+        await main.cancel(blocking=False)
+
+    async def watched(incoming):
+        await sweepea.spawn(obey, incoming, await sweepea.current_task())
+        return await corofunc(*args)
+
+    with sweepea.signals(signal.SIGINT) as incoming:
+        for number in incoming.numbers:
+            # A second Ctrl-C ends the program at once, whatever it hangs in.
+            signal.signal(number, lambda *_: signal.signal(number, signal.SIG_DFL))
+        try:
+            return sweepea.run(watched, incoming)
+        except sweepea.TaskCancelled:
+            raise KeyboardInterrupt from None
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -354,8 +506,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.getLogger("pika").setLevel(logging.CRITICAL)
     work = _dead_letters if options.dead or options.replay else _send_many
     try:
-        raise SystemExit(sweepea.run(
-            _with_client, config, options.timeout, work, options))
+        raise SystemExit(_run(_with_client, config, options.timeout, work, options))
     except pika.exceptions.UnroutableError:
         fail(f"no queue is bound to {config.exchange} with the key {config.routing_key}"
              ": does the app run?", 4)
@@ -387,7 +538,7 @@ def is_reachable(config: OliveAppConfig) -> bool:
 
     logging.getLogger("pika").setLevel(logging.CRITICAL)
     try:
-        sweepea.run(connect)
+        _run(connect)
         return True
     except pika.exceptions.AMQPError:
         return False
@@ -424,7 +575,7 @@ def demo(config: OliveAppConfig) -> None:
     app = OliveOly(replace(config, exchange=f"{name}.x", queue=f"{name}.q",
                            dead_queue=f"{name}.dead", log_level="CRITICAL"))
     app.start(show_all)
-    sweepea.run(delete)
+    _run(delete)
 
 
 async def _show(name: str, args: list, countdown=None) -> None:

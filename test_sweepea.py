@@ -38,7 +38,7 @@ from pika.adapters.select_connection import IOLoop
 import olive_app
 import olive_utils
 import sweepea
-from olive_app import Client, OliveAppConfig
+from olive_app import OliveAppConfig
 from sweepea import (
     CancelledError, CurioError, Event, Kernel, Queue, ReadResourceBusy, ResourceBusy,
     SchedBarrier, SchedFIFO, Semaphore, Task, TaskCancelled, TaskError,
@@ -217,7 +217,7 @@ def client(broker):
     client.close()
     # Each quorum queue holds files of the broker's, which are not without end.
     connection = pika.BlockingConnection(client.parameters)
-    for queue in client.queue, client.dead_queue:
+    for queue in client.queue, f"{client.queue}.calls", client.dead_queue:
         connection.channel().queue_delete(queue)
     connection.close()
 
@@ -2120,7 +2120,7 @@ if __name__ == "__main__":
 LIVE_TASKS = '''
 import asyncio, os, signal, sys, threading, time
 import sweepea
-from olive_app import task
+from olive_app import job, task
 
 class Mute(Exception):
     def __str__(self): raise RuntimeError("mute")
@@ -2152,6 +2152,7 @@ def act(what, *args):
         for _ in range(100_000): result = [result]
         return result
     if what == "note": note(args[0])
+    if what == "job": return [*job()[:3], job().sent and job().sent.isoformat()]
     if what == "files": os.closerange(3, 200)
     if what == "hang":
         if threading.current_thread() is threading.main_thread():
@@ -2642,6 +2643,7 @@ def test_the_dead_queue_is_listed_and_replayed(live, tmp_path):
         assert (sent.returncode, sent.stderr) == (0, "1 dead\n")
         line = json.loads(sent.stdout)
         assert json.loads(line.pop("body"))[0] == [str(path), good]
+        assert datetime.fromisoformat(line.pop("when")) <= later(0)
         assert line == {"task": "flaky", "id": ident, "reason": "failed",
                         "error": "RuntimeError: try 3"}
         wait_until(lambda: live.count(live.dead_queue) == 1)
@@ -2668,7 +2670,7 @@ def test_no_broker_or_no_queue(client):
 
 def test_a_late_reply_reaches_nobody(live):
     async def main():
-        client = await Client.open(OliveAppConfig.from_env(live.config))
+        client = await olive_app.Client.open(OliveAppConfig.from_env(live.config))
         with pytest.raises(TimeoutError):
             await client.call("sleep_n", [0.3], timeout=0.1)
         for n in range(3):
