@@ -53,7 +53,7 @@ import sys
 import time
 import traceback
 import uuid
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import Future
 from contextlib import closing, suppress
 from contextvars import ContextVar
@@ -242,6 +242,8 @@ class OliveOly:
         self._callers: dict[str, Counter] = {}
         self._callers_changed = Event()
         self._trace = Trace("" if sweepea.in_worker() else self.config.trace)
+        self._totals = dict(done=0, failed=0, retried=0, dead=0)
+        self._samples: deque = deque(maxlen=10)     # of how much is done; see `_tick`
         for module in self.config.tasks:
             try:
                 load_tasks((module,))
@@ -266,13 +268,12 @@ class OliveOly:
 
     async def _live(self, job: Job) -> None:
         """Find out what the message asks for, do it, and settle the message."""
-        began = time.time()
         _here.set((self, job))          # for `call`
         try:
             if await self._is_due(job):
                 outcome = await self._run(job)
                 job.begun = True        # a thread that was given the job has done it
-                log.debug("%s: %s", job.name, outcome.status)
+                self._ran(job, outcome.status)
                 if outcome.status != "done":
                     await self._retry_or_bury(job, outcome)
                 else:
@@ -282,9 +283,11 @@ class OliveOly:
         except Exception as exc:        # a fault of ours must not hold the message
             log.exception("%s: a fault of the app", job.name)
             await self._bury(job, _failure("failed", None, exc))
+        except sweepea.TaskCancelled:   # let go, or cut short by the end of the app
+            self._ran(job, "given back")
+            raise
         finally:
             self._in_hand.discard(job)
-            self._trace.slice(job, began)
 
     async def _run(self, job: Job) -> Outcome:
         """Run the job where it belongs: on the kernel, in a thread, in a process."""
@@ -301,7 +304,8 @@ class OliveOly:
                 async with self._processes.slots:
                     self._begin(job)
                     outcome = await self._processes.call(
-                        _execute_in_child, (module, info, job.body), limit)
+                        _execute_in_child, (module, info, job.body), limit,
+                        begins=lambda pid: job.at(f"process {pid}"))
                 if outcome is not None:
                     return outcome
                 if runs_in_process:
@@ -311,6 +315,7 @@ class OliveOly:
                         "and not under `if __name__ ...`"))
                 # A job for a thread, isolated: then it runs in a thread, as ever.
             job.call = sweepea.Call(self._threads, _execute, (info, job.body), limit)
+            job.call.name = job.name
             return await job.call.run()
         except TimeoutError:
             return _failure("timeout", job.id, TimeLimitExceeded(f"{limit:g} s"))
@@ -330,6 +335,7 @@ class OliveOly:
 
     async def _run_coroutine(self, job: Job, info: tuple, limit) -> Outcome:
         self._begin(job)
+        job.at("coroutine")
         job.kernel_task.name = job.name     # a task that blocks the loop is named
         if limit is None:
             outcome = await _perform(info, job.body)
@@ -427,6 +433,7 @@ class OliveOly:
             "x-olive-error": f"{kind}: {text}"[:MAX_ERROR],
             "x-olive-when": datetime.now(timezone.utc).isoformat(timespec="seconds")})
         if is_dead:                     # else its message is somebody else's now
+            self._totals["dead"] += 1
             log.warning("%s is dead (%s): %s: %s%s", job.name, reason, kind,
                         _shown(text), _shown_lines(trace))
 
@@ -442,6 +449,7 @@ class OliveOly:
             changes["x-olive-isolated"] = True      # the copy's own count begins at 0
         properties, pause = republished(job.properties, **changes), 0.1
         while await self._has_message(job):
+            job.at("waits for the broker")
             try:
                 await self._link.publish(exchange, key, job.body, properties)
             except AMQPError as exc:
@@ -497,6 +505,8 @@ class OliveOly:
             return await self._bury(job, outcome)
         log.info("%s: %s: %s; try %d of %d in %.1f s", job.name, outcome.kind,
                  _shown(outcome.text), job.retries + 2, retries + 1, pause)
+        self._totals["retried"] += 1
+        self._trace.add("i", "retry", s="p", args={"task": job.task, "id": job.id})
         await self._wait(job, pause, retries=job.retries + 1, eta=eta.isoformat(), **{
             "x-olive-error": f"{outcome.kind}: {outcome.text}"[:MAX_ERROR]})
 
@@ -590,6 +600,7 @@ class OliveOly:
         while job.channel is not None and job.channel.closed is not None:
             if self._stop.is_set():
                 return False            # a stop does not wait for messages
+            job.at("waits for its message")
             await self._news.suspend("MESSAGE_WAIT")
         return job.channel is not None
 
@@ -605,7 +616,7 @@ class OliveOly:
         if job.channel is None:
             return                      # somebody else has, or may have, the message
         job.channel.basic_nack(job.tag)     # a channel that is closed says nothing
-        job.channel = None
+        job.channel = job.call = None
         await job.kernel_task.cancel(blocking=False)
 
     def _begin(self, job: Job) -> None:
@@ -708,7 +719,8 @@ class OliveOly:
 
     def start(self, *background: Callable) -> None:
         """Work until SIGTERM, SIGINT or SIGHUP; return then, or exit with a status.
-        In a worker process, which imports the program as well, return at once.
+        SIGUSR1 has a table of what is in hand printed. In a worker process, which
+        imports the program as well, return at once.
 
         `background` are coroutine functions that run on the kernel beside it. A second
         signal leaves at once, with status 128 + its number. Exit status 1: the broker
@@ -716,11 +728,9 @@ class OliveOly:
         """
         if sweepea.in_worker():
             return
-        logging.basicConfig(
-            level=self.config.log_level, format="%(asctime)s %(levelname)s %(message)s")
-        # What pika reports, the link says in one line.
-        logging.getLogger("pika").setLevel(logging.CRITICAL)
-        with sweepea.signals(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as incoming:
+        set_up_log(self.config.log_level)
+        with sweepea.signals(signal.SIGTERM, signal.SIGINT, signal.SIGHUP,
+                             signal.SIGUSR1) as incoming:
             # The kernel ends before the trace: jobs that it cancels have slices, too.
             with closing(self._trace), sweepea.Kernel() as kernel:
                 kernel.run(self._main, incoming, background)
@@ -735,10 +745,13 @@ class OliveOly:
         modules = {registered.function.__module__ for registered in TASKS.values()
                    if self._runs_in_process(registered)}
         self._processes = sweepea.ProcessPool(
-            kernel, config.processes, load_tasks, (sorted(modules),))
+            kernel, config.processes, _set_up_worker,
+            (sorted(modules), config.log_level))
         self._link = sweepea.Link(config.urls, self._on_connect)
         self.client = Client(config, self._link, calls_name(config.routing_key),
                              self._declare_anew)
+        self._began = time.monotonic()
+        self._tick()
         await spawn(self._obey, incoming)
         link = await spawn(self._stay_connected)
         for corofunc in background:
@@ -752,6 +765,8 @@ class OliveOly:
                 log.warning("given back, as it did not end in time: %s", job.name)
         self.client.forget_replies()
         await link.cancel()
+        if self._link.ever_up:
+            log.info("stopped: %s", self._show_totals())
 
     async def _beside(self, corofunc: Callable) -> None:
         # Not before there is a queue for what the function may want to send.
@@ -780,9 +795,13 @@ class OliveOly:
             self._callers.setdefault(queue, Counter())
             if not self._stop.is_set():
                 await self._consume(channel, queue, window)
-        if not self._link.ever_up:
-            log.info("waiting for tasks in %s: %s", self.config.queue,
-                     ", ".join(sorted(TASKS)))
+        if self._link.ever_up:
+            self._trace.add("i", "reconnect", s="p")
+        else:
+            config = self.config
+            log.info("sweepea %s at %s, waiting for tasks in %s with %d threads and %d "
+                     "processes: %s", sweepea.__version__, _address(connection),
+                     config.queue, config.threads, config.processes, self._show_tasks())
             if not self.config.counts_returns:
                 log.warning("%s is not a quorum queue: nothing counts how often a "
                             "message comes back, so a task that kills the app does so "
@@ -796,13 +815,21 @@ class OliveOly:
         self._kernel._spawn(self._stop.set())
 
     async def _obey(self, incoming) -> None:
-        await incoming.get()
+        await self._next_stop(incoming)
         # A coroutine that blocks the kernel must not keep a second signal from being
         # obeyed, so that one has a handler.
         for number in incoming.numbers:
-            signal.signal(number, _leave_at_once)
+            if number != signal.SIGUSR1:
+                signal.signal(number, _leave_at_once)
         self.stop()
-        _leave_at_once(await incoming.get())    # it came before there was a handler
+        # The next one came before there was a handler.
+        _leave_at_once(await self._next_stop(incoming))
+
+    async def _next_stop(self, incoming) -> int:
+        """Wait for a signal to stop; meanwhile print the table whenever asked to."""
+        while (number := await incoming.get()) == signal.SIGUSR1:
+            await spawn(self._show)     # in a task of its own: it may fail alone
+        return number
 
     async def _finish(self) -> None:
         """Take no more; give back what has not begun; wait for what has.
@@ -840,6 +867,83 @@ class OliveOly:
                 return declared.method.consumer_count > 0
         return False
 
+    # -- being seen --------------------------------------------------------------------
+    #
+    # Three views of one run. The log says what was out of the ordinary. The table that
+    # `kill -USR1` prints says what is going on just now: which job hangs, and where.
+    # The timeline shows afterwards what ran when (see `Trace`). While nobody looks, a
+    # job only notes when it goes from one place to another.
+
+    def _ran(self, job: Job, status: str) -> None:
+        """A job has run, perhaps not to its end: count it and show it."""
+        if status != "given back":
+            self._totals["done" if status == "done" else "failed"] += 1
+        if self._trace.file or log.isEnabledFor(logging.DEBUG):
+            place, began = job.whereabouts()
+            # The kernel learns of the end of a call in a thread a little later.
+            ended = getattr(job.call, "ended", None) or time.monotonic()
+            if not place.startswith("waits"):               # else it has not begun
+                log.debug("%s: %s in %.3f s", job.name, status, ended - began)
+                if self._trace.file:
+                    self._trace.slice(job, place, began, ended, status)
+                    if ended > self._trace.counted + 0.001:     # that is often enough
+                        self._trace.count(len(self._in_hand))
+        job.call = None
+
+    def _tick(self) -> None:
+        """Once a second: note how much is done, and have the timeline written.
+
+        The timer is pika's. One of the kernel's would make each poll dearer.
+        """
+        self._samples.append((time.monotonic(), self._totals["done"]))
+        self._trace.count(len(self._in_hand))
+        self._trace.write()
+        self._kernel.loop.call_later(1, self._tick)
+
+    async def _show(self) -> None:
+        """Print to stderr what is in hand: first what runs, the longest first."""
+        now, link, rows = time.monotonic(), self._link, []
+        for job in self._in_hand:
+            asked = str(job.headers.get("task")), str(job.headers.get("id"))
+            rows.append((*job.whereabouts(), *(_shown(text)[1:-1] for text in asked)))
+        lines = [f"{'task':28}  {'id':36}  {'runs in, or waits':21}  {'for':>9}"]
+        rows.sort(key=lambda row: (row[0].startswith("waits"), row[1]))
+        for place, since, task, ident in rows:
+            lines.append(f"{task:28.28}  {ident:36.36}  {place:21}  "
+                         f"{now - since:7.1f} s")
+        states = Counter(task.state for task in self._kernel._tasks.values())
+        then, done = self._samples[0]
+        rate = (self._totals["done"] - done) / (now - then)
+        lines += [
+            f"{len(rows)} in hand; {len(self._threads.abandoned)} threads abandoned",
+            "kernel: " + ", ".join(f"{n} {state}" for state, n in states.most_common()),
+            f"since the start, {now - self._began:.0f} s ago: {self._show_totals()}",
+            f"in the last {now - then:.0f} s: {rate:.1f} done a second",
+            f"connected to {_address(link.connection)}" if link.connection else
+            "no connection to the broker"]
+        print("\n".join(line[:100] for line in lines), file=sys.stderr, flush=True)
+
+    def _show_totals(self) -> str:
+        return ", ".join(f"{number} {word}" for word, number in self._totals.items())
+
+    def _show_tasks(self) -> str:
+        """The tasks with their kinds and limits."""
+        shown = []
+        for name, registered in sorted(TASKS.items()):
+            kind = registered.worker or self.config.worker
+            if inspect.iscoroutinefunction(registered.function):
+                kind = "coroutine"
+            limit = registered.timeout or self.config.task_timeout
+            facts = [kind, limit and f"{limit:g} s",
+                     registered.retries and f"retries {registered.retries}"]
+            shown.append(f"{name} ({', '.join(filter(None, facts))})")
+        return ", ".join(shown)
+
+
+def _address(connection: sweepea.Connection) -> str:
+    """The broker, without its password."""
+    return f"{connection.pika.params.host}:{connection.pika.params.port}"
+
 
 def _leave_at_once(number: int, _frame=None) -> None:
     os.write(2, b"olive: leaving at once\n")    # no lock, unlike print
@@ -857,26 +961,125 @@ def _advice(exc: AMQPError, config: OliveAppConfig) -> str:
     return " (delete it, or choose another name)"
 
 
+class _LogFormatter(logging.Formatter):
+    """Lines with times in UTC; the level is coloured, but only on a terminal."""
+
+    converter, default_msec_format = time.gmtime, "%s.%03dZ"
+    colours = dict(DEBUG=2, INFO=32, WARNING=33, ERROR=31, CRITICAL=31)
+
+    def format(self, record: logging.LogRecord) -> str:
+        line, level = super().format(record), record.levelname
+        if os.isatty(2) and not os.environ.get("NO_COLOR"):
+            coloured = f"\x1b[{self.colours.get(level, 0)}m{level}\x1b[0m"
+            line = line.replace(level, coloured, 1)
+        return line
+
+
+def set_up_log(level: str) -> None:
+    """Have log lines from `level` on written to stderr, in worker processes, too; or by
+    handlers that the program has set up."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_LogFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
+    # A module of tasks that calls `logging.config.dictConfig` disables all the loggers
+    # that there are, unless it says otherwise.
+    for logger in log, sweepea.log:
+        logger.disabled = False
+        logger.setLevel(level)
+    # What pika reports, the link says in one line.
+    logging.getLogger("pika").setLevel(logging.CRITICAL)
+
+
+def _set_up_worker(modules: tuple[str, ...], level: str) -> None:
+    load_tasks(modules)
+    set_up_log(level)
+
+
 class Trace:
-    """A timeline of the run, in the Trace Event Format; nothing without a file."""
+    """A timeline of the run, in the Trace Event Format; nothing without a file.
+
+    Each thread, each process and the kernel has a track: a number, `tid`, and a record
+    that names it (M). A job is a slice of its track (X). C is a counter, i a moment:
+
+        [{"ph": "M", "name": "process_name", "args": {"name": "olive"}, ...},
+         {"ph": "M", "name": "thread_name", "args": {"name": "kernel"}, "tid": 1, ...},
+         {"ph": "X", "name": "add", "args": {...}, "tid": 1, "ts": 812, "dur": 57, ...},
+         {"ph": "C", "name": "in hand", "args": {"messages": 40}, "ts": 869, ...}]
+
+    Only whole records are written, and programs that read the format do not insist on
+    the bracket at the end. So the file can be read even after a kill -9. Times are
+    whole microseconds of `time.monotonic()`; rounded fractions could overlap.
+    """
 
     def __init__(self, path: str) -> None:
-        self._file = open(path, "w") if path else None
-        self._before = "[\n"
+        # Unbuffered, so that the system gets in one piece what is written.
+        self.file = open(path, "wb", buffering=0) if path else None
+        self._pid, self._separator, self._records = os.getpid(), "[", []
+        self._tids: dict[int | str, int] = {}   # of the tracks
+        self._lanes: list[int] = []             # when each kernel's track is free again
+        self.counted, self._before = 0.0, 0     # the time of the last counter; itself
+        self._epoch = time.time() - time.monotonic()
+        self._json = json.JSONEncoder().encode  # quicker for short texts than `dumps`
+        self.add("M", "process_name", args={"name": "olive"})
 
-    def slice(self, job: Job, began: float) -> None:
-        """Note a message that was in hand since `began` (`time.time()`)."""
-        if self._file:
-            self._file.write(self._before + json.dumps({
-                "name": job.name, "ph": "X", "pid": os.getpid(), "tid": job.tag,
-                "ts": began * 1e6, "dur": (time.time() - began) * 1e6}))
-            self._before = ",\n"
+    def add(self, ph: str, name: str, tid: int = 0, ts: int = 0, **more: Any) -> None:
+        """Add a record, of this moment if no other is given."""
+        if self.file:
+            ts = ts or int(time.monotonic() * 1e6)
+            record = {"ph": ph, "name": name, "pid": self._pid, "tid": tid, "ts": ts}
+            self._records.append(self._json({**record, **more}))
+
+    def slice(self, job: Job, place: str, began: float, ended: float, status) -> None:
+        """Add a job that ran in a place, between two times of `time.monotonic()`."""
+        start, end = int(began * 1e6), int(ended * 1e6)
+        track = job.call.thread if place == "thread" else place
+        if place == "coroutine":
+            # Coroutines run side by side, and slices of one track must not overlap. So
+            # there are as many tracks as it takes; this is the first that was free.
+            lanes = enumerate(self._lanes)
+            lane = next((n for n, free in lanes if free <= start), len(self._lanes))
+            self._lanes[lane:lane + 1] = [end]
+            track = f"kernel {lane + 1}" if lane else "kernel"
+        if track not in self._tids:
+            self._tids[track] = tid = len(self._tids) + 1
+            name = f"thread {tid}" if place == "thread" else track
+            self.add("M", "thread_name", tid, args={"name": name})
+        queued = "null"                 # seconds, if the sender has said when it sent
+        try:
+            sent = datetime.fromisoformat(job.headers["x-olive-sent"])
+            queued = f"{self._epoch + began - sent.timestamp():.6f}"
+        except Exception:               # anything may be in there
+            pass
+        # This is as `add` would write it, but takes a third of the time.
+        self._records.append(
+            f'{{"ph": "X", "name": {self._json(job.task)}, "pid": {self._pid}, '
+            f'"tid": {self._tids[track]}, "ts": {start}, "dur": {end - start}, '
+            f'"args": {{"id": {self._json(job.id)}, "outcome": "{status}", '
+            f'"queued": {queued}}}}}')
+        if len(self._records) >= 1000:
+            self.write()
+
+    def count(self, in_hand: int) -> None:
+        """Add how many messages are in hand, if that has changed."""
+        self.counted = time.monotonic()
+        if in_hand != self._before:
+            self._before = in_hand
+            self.add("C", "in hand", args={"messages": in_hand})
+
+    def write(self, end: str = "") -> None:
+        """Write what has come together."""
+        if self.file and self._records:
+            data = self._separator + ",\n".join(self._records) + end
+            self._separator, self._records = ",\n", []
+            with suppress(OSError):     # a full disk must not stop the work
+                self.file.write(data.encode())
 
     def close(self) -> None:
         """End the file, which is JSON then."""
-        if self._file:
-            self._file.write("[]\n" if self._before == "[\n" else "\n]\n")
-            self._file.close()
+        if self.file:
+            self.add("C", "in hand", args={"messages": 0})
+            self.write("]\n")
+            self.file.close()
 
 
 # =====================================================================================
@@ -1428,8 +1631,11 @@ class Job:
                                            a success still sends its reply
     """
 
+    place = "waits for a worker"        # for people; since when, is in `since`
+
     def __init__(self, queue: str, channel, method, properties, body: bytes) -> None:
         self.queue, self.channel, self.tag = queue, channel, method.delivery_tag
+        self.since = time.monotonic()
         self.begun, self.call, self.kernel_task = False, None, None
         self.properties, self.body = properties, body
         self.headers = properties.headers or {}
@@ -1442,6 +1648,17 @@ class Job:
         """Equal for two deliveries of one message; different for a copy of it, which
         has a message_id of its own. (`repr`, as a header may be a list, say.)"""
         return repr(self.headers.get("id")), self.properties.message_id, self.body
+
+    def at(self, place: str) -> None:
+        """Note where the job is from now on."""
+        if place != self.place:
+            self.place, self.since = place, time.monotonic()
+
+    def whereabouts(self) -> tuple[str, float]:
+        """Where the job is, and since when. A thread tells nobody that it begins."""
+        if self.call is not None and self.call.began is not None:
+            return "thread", self.call.began
+        return self.place, self.since
 
     def read(self) -> None:
         """Find out what the properties say.
@@ -1673,8 +1890,10 @@ def _url(url: str) -> str:
         pika.URLParameters(url)
     except OSError as exc:
         raise ValueError(f"a file that ssl_options names: {exc.strerror}") from None
-    except Exception as exc:
+    except ValueError as exc:
         raise ValueError(str(exc).partition(" value")[0]) from None
+    except Exception:
+        raise ValueError("ssl_options is no dict as Python writes it") from None
     return url
 
 

@@ -1800,11 +1800,12 @@ _HEAD = 4       # the bytes of the length
 
 def _process_main(sock: socket.socket) -> None:
     """The life of a worker process: receive a call, run it, send what came of it."""
-    # Ctrl-C goes to all processes of a terminal, but the parent decides what happens.
+    # Ctrl-C goes to all processes of a terminal, and other signals to all of a service,
+    # but the parent decides what happens.
     # These handlers do nothing. SIG_IGN would do the same, but programs that a job
     # starts would inherit it. What a job forks gets the default handlers, and loses our
     # socket, or nobody would see this process die (chapter 6).
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: None)
         _handled.add(number)
     _connected.add(sock.fileno())

@@ -142,7 +142,8 @@ class App:
     def __init__(self, environ: dict, *argv: str, script="olive_app.py") -> None:
         environ = {**_clean_environ(), "PYTHONUNBUFFERED": "1", **environ}
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / script), *argv], env=environ, text=True,
+            [sys.executable, script if script == "-m" else str(HERE / script), *argv],
+            env=environ, text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             start_new_session=True)
         self.lines: list[str] = []
@@ -228,10 +229,10 @@ def tasks_module(tmp_path, text, name="mytasks"):
     return {"OLIVE_TASKS": name, "PYTHONPATH": f"{tmp_path}:{HERE}"}
 
 
-def python(environ, *argv, timeout=60):
+def python(environ, *argv, timeout=60, cwd=HERE):
     """Run Python on something of ours; return the completed process."""
     return subprocess.run([sys.executable, *map(str, argv)], capture_output=True,
-                          env={**_clean_environ(), **environ}, text=True, cwd=HERE,
+                          env={**_clean_environ(), **environ}, text=True, cwd=cwd,
                           timeout=timeout)
 
 
