@@ -1,26 +1,34 @@
 """Tests of Sweepea, in the order of the sections they test.
 
 They talk to real RabbitMQ nodes that they start themselves, cause real faults (signals,
-cut sockets, dead brokers) and wait for events, never for a fixed time. A test that is a
+cut sockets, dead brokers) and wait for events, never for a fixed time. No program that
+they start finds modules or settings of the user's, nor outlives them. A test that is a
 coroutine function runs on a kernel of its own (see the end of the file).
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import decimal
+import fcntl
 import functools
 import inspect
 import json
 import logging
 import multiprocessing
 import os
+import pty
 import random
 import re
+import select
+import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 import uuid
@@ -39,6 +47,7 @@ import olive_app
 import olive_utils
 import sweepea
 from olive_app import OliveAppConfig
+from olive_utils import call_task, send_task
 from sweepea import (
     CancelledError, CurioError, Event, Kernel, Queue, ReadResourceBusy, ResourceBusy,
     SchedBarrier, SchedFIFO, Semaphore, Task, TaskCancelled, TaskError,
@@ -47,12 +56,38 @@ from sweepea import (
     run_in_process, run_in_thread, sleep, spawn, timeout_after)
 
 HERE = Path(__file__).parent
+DEAD = "amqp://guest:secret@127.0.0.1:1/%2F"        # where nobody listens
 logging.getLogger("pika").setLevel(logging.CRITICAL)
 
 
 # =====================================================================================
 # What the tests share
 # =====================================================================================
+
+@pytest.fixture(scope="session", autouse=True)
+def house(tmp_path_factory):
+    """A folder with the program alone: beside the tests may lie modules of the user's.
+
+    All programs under test come from there and run there.
+    """
+    global HOUSE
+    HOUSE = tmp_path_factory.mktemp("house")
+    for name in "sweepea.py", "olive_app.py", "olive_utils.py":
+        shutil.copy(HERE / name, HOUSE)
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """No setting of the user's holds in a test; no app that it starts outlives it."""
+    for name in [name for name in os.environ if name.startswith("OLIVE_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("OLIVE_URL", DEAD)       # (the default may be a real broker)
+    before = len(App.started)
+    yield
+    for app in App.started[before:]:
+        app.process.kill()
+        app.process.wait()
+
 
 @pytest.fixture(scope="session")
 def broker():
@@ -132,20 +167,34 @@ class Client:
             self.connection.close()
 
 
-def _clean_environ():
-    return {k: v for k, v in os.environ.items() if not k.startswith("OLIVE_")}
+# Linux kills what is started in this way when the tests are gone, however they end. And
+# a signal has its effect even if the tests ignore it, as in the background of a shell.
+PYTHON = [sys.executable]
+if sys.platform == "linux":
+    PYTHON = ["env", "--default-signal", "setpriv", "--pdeathsig", "KILL", *PYTHON]
+
+
+def program(environ, *argv):
+    """What `subprocess` needs to start Python on something of ours.
+
+    The environment is made from nothing, as the folder is (see `house`).
+    """
+    environ = {"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8", "OLIVE_URL": DEAD,
+               "PYTHONPATH": str(HOUSE), **environ}
+    return dict(args=[*PYTHON, *map(str, argv)], env=environ, cwd=HOUSE, text=True,
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
 
 
 class App:
     """The app as a real process; `log` is its output so far."""
 
+    started: list[App] = []
+
     def __init__(self, environ: dict, *argv: str, script="olive_app.py") -> None:
-        environ = {**_clean_environ(), "PYTHONUNBUFFERED": "1", **environ}
         self.process = subprocess.Popen(
-            [sys.executable, script if script == "-m" else str(HERE / script), *argv],
-            env=environ, text=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            start_new_session=True)
+            **program({"PYTHONUNBUFFERED": "1", **environ}, script, *argv),
+            stderr=subprocess.STDOUT, start_new_session=True)
+        self.started.append(self)
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -226,19 +275,18 @@ def client(broker):
 def tasks_module(tmp_path, text, name="mytasks"):
     """Write a module of tasks; return the settings that load it."""
     (tmp_path / f"{name}.py").write_text("from olive_app import task\n" + text)
-    return {"OLIVE_TASKS": name, "PYTHONPATH": f"{tmp_path}:{HERE}"}
+    return {"OLIVE_TASKS": name, "PYTHONPATH": f"{tmp_path}:{HOUSE}"}
 
 
-def python(environ, *argv, timeout=60, cwd=HERE):
+def python(environ, *argv, timeout=60):
     """Run Python on something of ours; return the completed process."""
-    return subprocess.run([sys.executable, *map(str, argv)], capture_output=True,
-                          env={**_clean_environ(), **environ}, text=True, cwd=cwd,
+    return subprocess.run(**program(environ, *argv), stderr=subprocess.PIPE,
                           timeout=timeout)
 
 
 def send(environ, *argv):
     """Run the sender; return the completed process."""
-    return python(environ, HERE / "olive_utils.py", *argv)
+    return python(environ, "olive_utils.py", *argv)
 
 
 trap = sweepea._trap
@@ -301,6 +349,14 @@ def test_cancellations_pass_through_except_exception_and_errors_do_not():
     assert issubclass(WriteResourceBusy, ResourceBusy)
 
 
+def test_no_program_finds_what_is_the_users(tmp_path, monkeypatch):
+    for name in "OLIVE_QUEUE", "PYTHONPATH", "RABBITMQ_NODENAME":
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shown = python({}, "-c", "import os, sys; print(sys.path, os.getcwd(), os.environ)")
+    assert str(tmp_path) not in shown.stdout and repr(str(HERE)) not in shown.stdout
+
+
 def test_importing_sweepea_imports_no_multiprocessing():
     out = python({}, "-c", "import sys, sweepea; print('multiprocessing' in "
                  "sys.modules, sweepea.__version__)").stdout.split()
@@ -343,19 +399,6 @@ async def test_spawn_answers_a_task_that_runs_after_the_spawner_waits():
         await spawn(len, "no coroutine function")
 
 
-async def test_sleep_zero_gives_the_turn_to_the_others_in_order():
-    turns = []
-
-    async def child(name):
-        for _ in range(3):
-            turns.append(name)
-            await sleep(0)
-
-    for task in [await spawn(child, name) for name in "abc"]:
-        await task.join()
-    assert "".join(turns) == "abcabcabc"
-
-
 async def test_set_and_unset_timeout_answer_the_earlier_timeout_and_the_clock():
     me, now = await current_task(), await clock()
     assert await trap("trap_set_timeout", now + 100) is None
@@ -373,23 +416,6 @@ async def test_set_and_unset_timeout_answer_the_earlier_timeout_and_the_clock():
         await forever()
     assert deadline <= info.value.args[0] <= time.monotonic()
     assert await trap("trap_set_timeout", None) is None
-
-
-async def test_sched_wait_and_wake():
-    room, woken = SchedFIFO(), []
-
-    async def child(name):
-        assert await trap("trap_sched_wait", room, "IN_THE_ROOM") is None
-        woken.append(name)
-
-    tasks = [await waiting(child, name) for name in "abc"]
-    assert [task.state for task in tasks] == ["IN_THE_ROOM"] * 3 and len(room) == 3
-    assert await trap("trap_sched_wake", room, 2) is None
-    assert not woken                    # it does not wait
-    await until(lambda: len(woken) == 2)
-    await trap("trap_sched_wake", room, 5)
-    await tasks[2].join()
-    assert woken == ["a", "b", "c"] and len(room) == 0
 
 
 async def test_future_wait_sets_an_event_and_its_cancellation_cancels_the_future():
@@ -596,20 +622,6 @@ async def test_a_second_cancel_does_not_disturb_the_cleaning_up():
     assert cleaned and isinstance(task.exception, TaskCancelled)
 
 
-async def test_a_task_cancelled_before_its_first_turn_gets_to_its_first_wait():
-    async def child():
-        seen.append("began")
-        await clock()
-        seen.append("clock")
-        await sleep(0)
-        seen.append("never")
-
-    seen = []
-    task = await spawn(child)
-    await task.cancel()
-    assert seen == ["began", "clock"] and isinstance(task.exception, TaskCancelled)
-
-
 async def test_a_task_may_swallow_its_cancellation_and_may_cancel_itself():
     async def stays():
         try:
@@ -685,31 +697,32 @@ async def test_each_task_has_context_variables_of_its_own():
 # 4. Waiting rooms
 # =====================================================================================
 
-async def test_the_order_of_a_room_is_kept_when_one_in_the_middle_is_cancelled():
+async def test_a_room_keeps_the_order_though_some_leave_and_wakes_so_many_or_all():
     async def child(n):
-        await room.suspend()
-        order.append(n)
+        assert await trap("trap_sched_wait", room, "IN_THE_ROOM") is None
+        woken.append(n)
 
-    room, order = SchedFIFO(), []
+    room, woken = SchedFIFO(), []
     tasks = [await waiting(child, n) for n in range(7)]
+    assert tasks[0].state == "IN_THE_ROOM" and len(room) == 7
     for n in (3, 0, 6):
         await tasks[n].cancel()
-    while room:
-        await room.wake()
-    for n in (1, 2, 4, 5):
-        await tasks[n].join()
-    assert order == [1, 2, 4, 5]
-
-
-async def test_a_barrier_calls_everybody_or_so_many():
+    assert await trap("trap_sched_wake", room, 2) is None
+    assert not woken                    # it does not wait
+    await until(lambda: len(woken) == 2)
+    await room.wake()
+    await until(lambda: len(woken) == 3)
+    await room.wake(5)
+    await tasks[5].join()
+    assert woken == [1, 2, 4, 5] and len(room) == 0
     room = SchedBarrier()
-    tasks = [await waiting(room.suspend) for _ in range(5)]
+    for n in range(5):
+        await waiting(child, n)
     await room.wake(2)
-    await until(lambda: sum(task.terminated for task in tasks) == 2)
+    await until(lambda: len(woken) == 6)
     assert len(room) == 3
     await room.wake()
-    for task in tasks:
-        await task.join()
+    await until(lambda: len(woken) == 9)
 
 
 async def test_event():
@@ -1163,76 +1176,47 @@ async def test_a_file_released_while_waited_for_can_be_waited_for_anew(pair):
     assert isinstance(task.exception, TaskCancelled)
 
 
+class Thing:
+    """No socket, and it may open another file of the same number."""
+
+    def fileno(self):
+        return self.sock.fileno()
+
+
+@pytest.mark.parametrize("kind", ["socket", "number", "thing"])
 @pytest.mark.parametrize("waited", ["in wait", "just read", "not released"])
-async def test_the_number_of_a_closed_file_is_used_again(waited, pair):
+async def test_the_number_of_a_closed_file_is_used_again(kind, waited, pair):
+    def shown(sock):
+        thing.sock = sock
+        return {"socket": sock, "number": sock.fileno(), "thing": thing}[kind]
+
+    thing = Thing()
     for _ in range(2):
         old, peer = socket.socketpair()
         fd, task = old.fileno(), None
         if waited == "in wait":
-            task = await waiting(sweepea.read_wait, old)
+            task = await waiting(sweepea.read_wait, shown(old))
         else:
             peer.send(b"x")
-            await sweepea.read_wait(old)
+            await sweepea.read_wait(shown(old))
         if waited != "not released":    # all in one turn: the loop has not looked yet
-            await sweepea.io_release(old)
+            await sweepea.io_release(shown(old))
         old.close()
         new = os.dup(pair[0].fileno())
         assert new == fd
         with socket.socket(fileno=new) as new, peer:
             new.setblocking(False)
+            reader = await waiting(sweepea.read_wait, shown(new))
+            assert await trap("trap_io_waiting", shown(new)) == (reader, None)
+            pair[1].send(b"new")
+            assert await ended(reader) is None and new.recv(10) == b"new"
             if task is not None:
-                reader = await waiting(sweepea.read_wait, new)
-                assert await trap("trap_io_waiting", new) == (reader, None)
-                pair[1].send(b"new")
-                await reader.join()
                 assert not task.terminated
                 await task.cancel()
-            else:
-                pair[1].send(b"new")
-                await timeout_after(20, sweepea.read_wait, new)
-            assert new.recv(10) == b"new"
             with pytest.raises(TaskTimeout):
-                await timeout_after(0.01, sweepea.read_wait, new)
-            await sweepea.io_release(new)
-
-
-async def test_a_file_may_be_a_number():
-    read, write = os.pipe()
-    for _ in range(3):
-        task = await waiting(sweepea.read_wait, read)
-        assert await trap("trap_io_waiting", read) == (task, None)
-        os.write(write, b"x")
-        await task.join()
-        assert os.read(read, 10) == b"x"
-        await sweepea.write_wait(write)
-    os.close(write)
-    os.close(read)
-    again = os.pipe()                           # the same numbers
-    assert set(again) == {read, write}
-    with pytest.raises(TaskTimeout):
-        await timeout_after(0.01, sweepea.read_wait, again[0])
-    await sweepea.write_wait(again[1])
-    for fd in again:
-        os.close(fd)
-
-
-async def test_an_object_may_open_another_file_of_the_same_number():
-    class Reopened:
-        def open(self):
-            self.ours, self.theirs = socket.socketpair()
-            self.theirs.send(b"x")
-
-        def fileno(self):
-            return self.ours.fileno()
-
-    thing, numbers = Reopened(), set()
-    for _ in range(2):
-        thing.open()
-        numbers.add(thing.fileno())
-        await timeout_after(20, sweepea.read_wait, thing)
-        thing.ours.close()      # (and not released)
-        thing.theirs.close()
-    assert len(numbers) == 1
+                await timeout_after(0.01, sweepea.read_wait, shown(new))
+            await sweepea.write_wait(shown(new))
+            await sweepea.io_release(shown(new))
 
 
 async def test_a_number_that_now_belongs_to_a_plain_file_does_no_harm(tmp_path):
@@ -1355,6 +1339,8 @@ def test_shutdown_cancels_the_newest_first_then_calls_back_and_is_final():
         finally:
             await sleep(0)
             said.append(n)
+            if n < 20:          # these are reached as well
+                await spawn(child, n + 10)
 
     async def main():
         for n in range(5):
@@ -1364,27 +1350,12 @@ def test_shutdown_cancels_the_newest_first_then_calls_back_and_is_final():
     said, kernel = [], Kernel()
     kernel._call_at_shutdown(lambda: said.append("shutdown"))
     assert kernel.run(main, shutdown=True) == "result"
-    assert said == [4, 3, 2, 1, 0, "shutdown"] and not kernel._tasks
+    assert said == [4, 3, 2, 1, 0, 10, 11, 12, 13, 14, 24, 23, 22, 21, 20, "shutdown"]
+    assert not kernel._tasks
     for again in (kernel.run, lambda: kernel.run(clock),
                   lambda: kernel.run(shutdown=True)):
         with pytest.raises(RuntimeError, match="shut down"):
             again()
-
-
-def test_shutdown_reaches_tasks_that_are_spawned_while_it_goes_on():
-    async def hydra(n):
-        try:
-            await forever()
-        finally:
-            if n:
-                await spawn(hydra, n - 1)
-                await spawn(hydra, n - 1)
-            ends.append(n)
-
-    ends = []
-    with Kernel() as kernel:
-        kernel.run(waiting, hydra, 3)
-    assert sorted(ends) == [0] * 8 + [1] * 4 + [2] * 2 + [3]
 
 
 @pytest.mark.parametrize("swallows", [CancelledError, BaseException])
@@ -1506,27 +1477,7 @@ async def length(channel, queue):
     return declared.method.message_count
 
 
-DEAD = "amqp://guest:secret@127.0.0.1:1/%2F"        # where nobody listens
-
-
-async def test_the_urls_are_tried_in_turn(broker):
-    connection = await sweepea.Connection.open([DEAD, broker.url])
-    assert connection.pika.params.port == broker.port
-    await connection.close()
-    with pytest.raises(pika.exceptions.AMQPConnectionError) as caught:
-        await sweepea.Connection.open([DEAD])
-    assert "refused" in sweepea.describe(caught.value)
-
-
-@pytest.mark.parametrize("change", [
-    ("guest:guest", "guest:secret"), ("%2F", "nowhere")])
-async def test_a_refusal_is_known_as_one_and_keeps_the_password(broker, change):
-    with pytest.raises(sweepea.REFUSED) as caught:
-        await sweepea.Connection.open([broker.url.replace(*change), DEAD])
-    assert "secret" not in sweepea.describe(caught.value)
-
-
-async def test_every_waiter_learns_that_the_channel_was_closed(broker):
+async def test_every_waiter_learns_that_channel_or_connection_was_closed(broker):
     connection, channel = await connect(broker)
     tasks = [await spawn(length, channel, name) for name in ("no-such-queue", "no")]
     for task in tasks:
@@ -1536,66 +1487,35 @@ async def test_every_waiter_learns_that_the_channel_was_closed(broker):
     channel.basic_ack(1)        # quiet, as there is nothing left to say
     channel.basic_nack(1)
     assert connection.closed is None
-    await connection.close()
-    with pytest.raises(pika.exceptions.AMQPError):
-        await connection.channel()
-
-
-async def test_a_return_reaches_the_one_who_published_it(broker):
-    async def publish(n):
-        key = queue if n % 3 else "nowhere"
-        properties = pika.BasicProperties(correlation_id=str(n % 7))
-        try:
-            await channel.basic_publish("", key, b"x", properties)
-            return "confirmed"
-        except pika.exceptions.UnroutableError:
-            return "returned"
-
-    connection, channel = await connect(broker, confirm=True)
-    queue = await own_queue(channel)
-    outcomes = await gather(*map(publish, range(300)))
-    assert outcomes == ["confirmed" if n % 3 else "returned" for n in range(300)]
-    await connection.close()
-
-
-async def test_a_nack_is_an_exception(broker):
-    connection, channel = await connect(broker, confirm=True)
-    queue = await own_queue(
-        channel, **{"x-max-length": 1, "x-overflow": "reject-publish"})
-    await channel.basic_publish("", queue, b"1", QUIET)
-    with pytest.raises(pika.exceptions.NackError):
-        await channel.basic_publish("", queue, b"2", QUIET)
-    await connection.close()
-
-
-async def test_a_connection_closed_under_its_users(broker):
-    connection, channel = await connect(broker, confirm=True)
+    channel = await connection.channel(confirm=True)
     waiter = await waiting(channel.wait_closed)
     await run_in_thread(broker.ctl, "close_all_connections", "test")
     assert isinstance(await waiter.join(), pika.exceptions.ConnectionClosedByBroker)
     with pytest.raises(pika.exceptions.ConnectionClosedByBroker):
         await channel.basic_publish("", "q", b"x", QUIET)
     await connection.close()
+    with pytest.raises(pika.exceptions.AMQPError):
+        await connection.channel()
 
 
-async def test_a_consumer_whose_queue_is_deleted_is_told(broker):
-    connection, channel = await connect(broker)
-    other = await connection.channel()
-    queue = await own_queue(other)
-    await channel.call("basic_consume", queue, lambda *message: None)
-    await other.call("queue_delete", queue)
-    assert isinstance(await channel.wait_closed(), pika.exceptions.ConsumerCancelled)
+async def test_a_return_or_nack_reaches_the_one_who_published_it(broker):
+    async def publish(n):
+        properties = pika.BasicProperties(correlation_id=str(n % 7))
+        try:
+            key = (queue, "nowhere", full)[n % 3]
+            await channel.basic_publish("", key, b"x", properties)
+            return "confirmed"
+        except (pika.exceptions.UnroutableError, pika.exceptions.NackError) as exc:
+            return type(exc).__name__
+
+    connection, channel = await connect(broker, confirm=True)
+    queue = await own_queue(channel)
+    full = await own_queue(
+        channel, **{"x-max-length": 1, "x-overflow": "reject-publish"})
+    await channel.basic_publish("", full, b"1", QUIET)
+    outcomes = await gather(*map(publish, range(300)))
+    assert outcomes == ["confirmed", "UnroutableError", "NackError"] * 100
     await connection.close()
-
-
-async def test_an_attempt_to_connect_can_be_cancelled():
-    with socket.create_server(("127.0.0.1", 0)) as server:      # it never answers
-        port = server.getsockname()[1]
-        async with ignore_after(0.2) as timer:
-            await sweepea.Connection.open([f"amqp://127.0.0.1:{port}"])
-        assert timer.expired
-        with server.accept()[0] as peer:
-            assert peer.recv(8) == b"AMQP\x00\x00\x09\x01"
 
 
 async def consuming(broker, count, **options):
@@ -1684,23 +1604,14 @@ async def test_what_is_acknowledged_goes_out_before_a_close(broker):
     await connection.close()
 
 
-async def test_a_thousand_busy_coroutines_starve_neither_loop_nor_heartbeat(broker):
+async def test_a_thousand_busy_coroutines_starve_no_heartbeat(broker):
     async def busy():
         while True:
             await sleep(0)
 
-    def tick():
-        ticks.append(tasks[-1].cycles)
-        if len(ticks) < 50:
-            kernel.loop.call_later(0, tick)
-
     connection = await sweepea.Connection.open([broker.url + "?heartbeat=1"])
-    ticks, kernel = [], await trap("trap_get_kernel")
-    tasks = [await spawn(busy) for _ in range(1000)]
-    tick()
-    await until(lambda: len(ticks) == 50)
-    # pika had its turn again and again: between two of them nobody ran very often.
-    assert 0 < ticks[-1] < 50 * 50
+    for _ in range(1000):
+        await spawn(busy)
     reason = await ignore_after(4, connection.wait_closed())
     assert reason is None and connection.pika.is_open
     await connection.close()
@@ -1746,22 +1657,25 @@ async def test_an_abandoned_thread_is_replaced_and_its_result_thrown_away(caplog
     gate, pool = threading.Event(), await pool_of(sweepea.ThreadPool, 1)
     with pytest.raises(TaskTimeout):
         await timeout_after(0.05, run_in_thread, gate.wait, 60)
-    assert len(pool.abandoned) == 1 and "wait" in caplog.text
+    assert len(pool.abandoned) == 1 and "abandoned in Event.wait," in caplog.text
     assert await run_in_thread(double, 1) == 2
     gate.set()
     await until(lambda: not pool.abandoned)
     assert await run_in_thread(double, 2) == 4
 
 
-async def test_a_limit_counts_from_the_moment_in_which_the_call_begins():
+async def test_a_limit_counts_from_the_moment_in_which_the_call_begins(caplog):
     pool = await pool_of(sweepea.ThreadPool, 1)
     calls = [sweepea.Call(pool, time.sleep, (0.2,), 0.4) for _ in range(4)]
     assert await gather(*[call.run() for call in calls]) == [None] * 4
     begun = [call.began for call in calls]
     assert begun == sorted(begun)
+    call = sweepea.Call(pool, time.sleep, (0.5,), 0.1)
+    call.name = "a long nap"
     with pytest.raises(TimeoutError, match="0.1 s"):
-        await sweepea.Call(pool, time.sleep, (0.5,), 0.1).run()
+        await call.run()
     assert len(pool.abandoned) == 1 and await run_in_thread(double, 2) == 4
+    assert "abandoned in a long nap," in caplog.text
     await until(lambda: not pool.abandoned)
 
 
@@ -1882,10 +1796,39 @@ async def test_a_process_dies_whose_forked_child_lives(tmp_path):
         with pytest.raises(sweepea.WorkerLost, match="exit code 3"):
             await timeout_after(20, run_in_process, fork_in_worker, tmp_path / "busy",
                                 True)
+        await until(lambda: gone({int((tmp_path / "busy").read_text())}))
         assert await timeout_after(20, run_in_process, double, 4) == 8
     finally:
         for path in tmp_path.iterdir():
-            os.kill(int(path.read_text()), signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(int(path.read_text()), signal.SIGKILL)
+
+
+def pool_of_two(func, items):
+    with multiprocessing.Pool(2) as pool:
+        return pool.map(func, items)
+
+
+def hang(path):
+    (path / str(os.getpid())).touch()
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("how", ["kill", "cancel"])
+async def test_a_process_may_start_processes_and_they_go_with_it(how, tmp_path):
+    await pool_of(sweepea.ProcessPool, 1)
+    assert await run_in_process(pool_of_two, double, [1, 2]) == [2, 4]
+    worker = await run_in_process(os.getpid)
+    task = await spawn(run_in_process, pool_of_two, hang, [tmp_path] * 2)
+    await until(lambda: len(list(tmp_path.iterdir())) == 2)
+    if how == "kill":
+        os.kill(worker, signal.SIGKILL)
+        with pytest.raises(WorkerLost, match="SIGKILL"):
+            raise await ended(task)
+    else:
+        await task.cancel()
+    await until(lambda: gone({worker, *[int(path.name) for path in tmp_path.iterdir()]}))
+    assert await run_in_process(double, 4) == 8
 
 
 class BrokenAnswer:
@@ -1919,39 +1862,62 @@ async def main():
 if __name__ == '__main__':
     sweepea.run(main)
 """)
-    done = python({"PYTHONPATH": str(HERE)}, tmp_path / "hasty.py")
+    done = python({}, tmp_path / "hasty.py")
     assert done.stdout == f"1 [1, {8 << 20}, 1]\n", done.stderr
 
 
-def test_a_worker_process_leaves_when_its_parent_is_killed(tmp_path):
-    (tmp_path / "orphan.py").write_text("""
-import os, sweepea
-def spin():
+@pytest.mark.parametrize("func", ["spin", "pool"])
+def test_a_worker_process_leaves_when_its_parent_is_killed(tmp_path, func):
+    (tmp_path / "orphan.py").write_text(f"""
+import multiprocessing, os, sweepea
+def spin(*_):
     print(os.getpid(), flush=True)
     while True: pass
+def pool():
+    with multiprocessing.Pool(1) as pool:
+        pool.map(spin, [1])
 if __name__ == '__main__':
-    sweepea.run(sweepea.run_in_process, spin)
+    sweepea.run(sweepea.run_in_process, {func})
 """)
-    with running({"PYTHONPATH": str(HERE)}, ready="\n",
-                 script=tmp_path / "orphan.py") as parent:
+    with running({}, ready="\n", script=tmp_path / "orphan.py") as parent:
+        children = parent.children()
+        assert int(parent.lines[0]) in children
         parent.process.kill()
-        wait_until(lambda: gone({int(parent.lines[0])}), what="the child is gone")
+        wait_until(lambda: gone(children), what="the children are gone")
+
+
+def test_a_program_knows_whether_it_is_a_worker_process(tmp_path):
+    """Even while its main module is being imported, and without multiprocessing."""
+    (tmp_path / "who.py").write_text("""
+import sys, sweepea
+print(sweepea.in_worker(), flush=True)
+if not sweepea.in_worker():
+    assert "multiprocessing" not in sys.modules
+    print(sweepea.run(sweepea.run_in_process, sweepea.in_worker))
+""")
+    done = python({}, tmp_path / "who.py")
+    assert done.stdout == "False\nTrue\nTrue\n", done.stderr
+
+
+async def test_what_a_call_says_of_itself():
+    """In which process it runs; in which thread it ran, when, and what the log says."""
+    pool, pids = await pool_of(sweepea.ProcessPool, 1), []
+    async with pool.slots:
+        assert pids == [] and [await pool.call(os.getpid, (), begins=pids.append)] == pids
+    call = sweepea.Call(await pool_of(sweepea.ThreadPool, 1), threading.get_ident, ())
+    before = await clock()
+    assert await call.run() == call.thread != threading.get_ident()
+    assert before <= call.began <= call.ended <= await clock()
 
 
 # =====================================================================================
 # The settings
 # =====================================================================================
 
-def test_the_default_settings_are_the_documented_ones():
-    config = OliveAppConfig()
-    assert {f.name: getattr(config, f.name) for f in fields(config)} == {
-        "url": "amqp://guest:guest@localhost:5672/%2F", "exchange": "Olive.x",
-        "queue": "Olive.q", "routing_key": "Olive.k",
-        "queue_arguments": {"x-queue-type": "quorum"},
-        "dead_queue": "Olive.dead", "tasks": (), "worker": "thread", "threads": 20,
-        "processes": os.cpu_count(), "prefetch": 2 * (20 + os.cpu_count()),
-        "task_timeout": None, "grace": 30, "log_level": "INFO", "trace": ""}
+def test_the_default_settings():
+    config, cores = OliveAppConfig(), os.cpu_count()
     assert OliveAppConfig.from_env({"OLIVE_QUEUE": "", "OTHER": "x"}) == config
+    assert (config.processes, config.prefetch) == (cores, 2 * (20 + cores))
     with pytest.raises(FrozenInstanceError):
         config.queue = "other"
 
@@ -2119,7 +2085,7 @@ if __name__ == "__main__":
 # =====================================================================================
 
 LIVE_TASKS = '''
-import asyncio, os, signal, sys, threading, time
+import os, signal, threading, time
 import sweepea
 from olive_app import job, task
 
@@ -2199,9 +2165,6 @@ async def stubborn():
         except BaseException: pass
 
 @task
-async def foreign(): await asyncio.sleep(0)
-
-@task
 async def blocks(): time.sleep(0.7)
 '''
 
@@ -2209,13 +2172,12 @@ async def blocks(): time.sleep(0.7)
 @pytest.fixture(scope="module")
 def live_app(broker, tmp_path_factory):
     folder = tmp_path_factory.mktemp("live")
-    (folder / "livetasks.py").write_text(LIVE_TASKS)
     client = Client(broker.url, "live")
     client.close()
     # (a time zone far from UTC shows whether times without a zone are taken for UTC)
-    with running({**client.config, "OLIVE_TASKS": "livetasks", "OLIVE_PROCESSES": "2",
-                  "OLIVE_LOG_LEVEL": "DEBUG", "PYTHONPATH": str(folder),
-                  "TZ": "Asia/Tokyo"}) as app:
+    with running({**client.config, **tasks_module(folder, LIVE_TASKS, "livetasks"),
+                  "OLIVE_PROCESSES": "2",
+                  "OLIVE_LOG_LEVEL": "DEBUG", "TZ": "Asia/Tokyo"}) as app:
         yield app
         app.signal()    # it stops even if a task swallows all that is raised in it
         assert app.wait(20) == 0
@@ -2420,20 +2382,17 @@ def test_an_expired_task_is_revoked_and_no_other(live):
 # -- what the body asks for ------------------------------------------------------------
 
 @KINDS
-@pytest.mark.parametrize("key", ["chain", "chord", "callbacks", "errbacks"])
-def test_a_canvas_is_refused_with_what_to_do_instead(live, tmp_path, key, name):
+@pytest.mark.parametrize("asked", [
+    "chain", "chord", "callbacks", "errbacks", "celery.chord_unlock"])
+def test_a_canvas_is_refused_with_what_to_do_instead(live, tmp_path, asked, name):
+    name = asked if asked.startswith("celery.") else name
     path = tmp_path / "not-run"
-    ident = live.send(name, ["note", str(path)], embed={key: [{"task": "echo"}]})
-    failure(live, ident, "Unsupported", f"{key} is not supported: instead, write a task"
-            " that is a coroutine and calls the others", "olive_app")
-    buried(live, "unsupported")
-    assert not path.exists()
-
-
-def test_a_task_of_celerys_own_is_refused_too(live):
-    live.send("celery.chord_unlock")
-    assert live.reply()["result"]["exc_type"] == "Unsupported"
-    assert "instead, write" in buried(live, "unsupported")[1]["x-olive-error"]
+    ident = live.send(name, ["note", str(path)], embed={asked: [{"task": "echo"}]})
+    text = (f"{asked} is not supported: instead, write a task that is a coroutine and "
+            "calls the others")
+    failure(live, ident, "Unsupported", text, "olive_app")
+    headers = buried(live, "unsupported")[1]
+    assert headers["x-olive-error"] == f"Unsupported: {text}" and not path.exists()
 
 
 # -- what makes no sense ---------------------------------------------------------------
@@ -2513,13 +2472,6 @@ def test_a_coroutine_that_blocks_is_named_in_the_log(live):
     assert f"'blocks'[{ident}]" in line
 
 
-def test_a_coroutine_of_asyncios_fails_its_own_job_alone(live):
-    live.send("foreign", [])
-    result = live.reply()["result"]
-    assert "use sweepea.sleep" in result["exc_message"][0]
-    buried(live, "failed")
-
-
 def test_a_name_cannot_forge_a_line_of_the_log(live):
     live.send("x\n2026-01-01 ERROR forged\x1b[2J", id="y\r\nforged")
     live.reply()
@@ -2569,17 +2521,18 @@ def test_usage(argv, said, capsys, monkeypatch):
     assert caught.value.code == 2 and out == "" and said in err
 
 
-@pytest.mark.parametrize("argv, said, reason", [
-    (["in_thread", "hang", "--time-limit", "0.3"], "TimeLimitExceeded: 0.3 s\n",
+@pytest.mark.parametrize("status, argv, said, reason", [
+    (1, ["in_thread", "hang", "--time-limit", "0.3"], "TimeLimitExceeded: 0.3 s\n",
      "timeout"),
-    (["in_process", "hang", "--time-limit", "0.3"], "TimeLimitExceeded: 0.3 s\n",
-     "timeout"),
-    (["add", "1", "2", "--expires", "0"], "TaskRevokedError: expired\n", None)])
-def test_the_sender_sets_a_time_limit_and_an_expiry(live, argv, said, reason):
+    (1, ["add", "1", "2", "--expires", "0"], "TaskRevokedError: expired\n", None),
+    (3, ["sleep_n", "1", "--timeout", "0.1"], "no answer within 0.1 s\n", None)])
+def test_the_sender_shows_that_there_is_no_result(live, status, argv, said, reason):
     sent = send(live.config, *argv)
-    assert (sent.returncode, sent.stdout, sent.stderr) == (1, "", said)
+    assert (sent.returncode, sent.stdout, sent.stderr) == (status, "", said)
     if reason:
         buried(live, reason)
+    if status == 3:         # an answer that nobody awaits does no harm
+        live.app.wait_for("DEBUG 'sleep_n'")
 
 
 def test_the_sender_shows_a_failure(live):
@@ -2590,13 +2543,6 @@ def test_the_sender_shows_a_failure(live):
     assert sent.stderr.endswith("\nRuntimeError: on purpose\n")
     assert sent.stderr.count("RuntimeError: on purpose") == 1
     buried(live, "failed")
-
-
-def test_the_sender_gives_up_waiting(live):
-    sent = send(live.config, "sleep_n", "1", "--timeout", "0.1")
-    assert (sent.returncode, sent.stdout) == (3, "")
-    assert sent.stderr == "no answer within 0.1 s\n"
-    live.app.wait_for("DEBUG 'sleep_n'")    # an answer that nobody awaits does no harm
 
 
 def test_the_sender_sends_many_and_counts_failures(live):
@@ -2614,9 +2560,9 @@ def test_the_sender_sends_many_and_counts_failures(live):
 
 
 def test_the_reader_of_the_results_has_had_enough(live):
-    argv = [sys.executable, str(HERE / "olive_utils.py"), "echo", "--count", "2000"]
-    with subprocess.Popen(argv, env={**_clean_environ(), **live.config}, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as sender:
+    argv = "olive_utils.py", "echo", "--count", "2000"
+    with subprocess.Popen(**program(live.config, *argv),
+                          stderr=subprocess.PIPE) as sender:
         assert sender.stdout.readline() == "[[], {}]\n"
         sender.stdout.close()
         said = sender.stderr.read()
@@ -2633,27 +2579,6 @@ def test_the_sender_need_not_wait(live, count):
     idents = sent.stdout.split()
     assert len(idents) == len({uuid.UUID(ident) for ident in idents}) == count
     assert (sent.stderr == "") == (count == 1)
-
-
-def test_the_dead_queue_is_listed_and_replayed(live, tmp_path):
-    path, good = tmp_path / "tries", 4
-    ident = live.send("flaky", [str(path), good])
-    assert live.reply()["status"] == "FAILURE"
-    for _ in range(2):      # listing takes nothing away
-        sent = send(live.config, "--dead")
-        assert (sent.returncode, sent.stderr) == (0, "1 dead\n")
-        line = json.loads(sent.stdout)
-        assert json.loads(line.pop("body"))[0] == [str(path), good]
-        assert datetime.fromisoformat(line.pop("when")) <= later(0)
-        assert line == {"task": "flaky", "id": ident, "reason": "failed",
-                        "error": "RuntimeError: try 3"}
-        wait_until(lambda: live.count(live.dead_queue) == 1)
-    for count in 1, 0:
-        sent = send(live.config, "--replay")
-        assert (sent.returncode, sent.stdout) == (0, "")
-        assert sent.stderr == f"{count} sent back to work\n"
-    assert live.reply() == {"task_id": ident, "status": "SUCCESS", "result": good,
-                            "traceback": None, "children": []}
 
 
 def test_no_broker_or_no_queue(client):
@@ -2685,35 +2610,1460 @@ def test_a_late_reply_reaches_nobody(live):
 def test_sending_from_a_program(live, monkeypatch):
     for name, value in live.config.items():
         monkeypatch.setenv(name, value)
-    assert olive_utils.call_task("add", (2, 3)) == 5
-    assert olive_utils.call_task("echo", ["a"], {"k": 1}, countdown=0.1, expires=60,
+    assert call_task("add", (2, 3)) == 5
+    assert call_task("echo", ["a"], {"k": 1}, countdown=0.1, expires=60,
                                  time_limit=9, priority=3) == [["a"], {"k": 1}]
     eta = later(0.2).astimezone(timezone(timedelta(hours=3)))
-    assert olive_utils.call_task("echo", eta=eta, timeout=None) == [[], {}]
+    assert call_task("echo", eta=eta, timeout=None) == [[], {}]
     assert later(0) >= eta
     with pytest.raises(olive_utils.TaskFailed) as caught:
-        olive_utils.call_task("fail", ["so it is"])
+        call_task("fail", ["so it is"])
     assert str(caught.value) == "RuntimeError: so it is"
     assert (caught.value.exc_type, caught.value.text) == ("RuntimeError", "so it is")
     assert "raise RuntimeError(message)" in caught.value.traceback
     buried(live, "failed")
     with pytest.raises(olive_utils.TaskFailed, match="TaskRevokedError: expired"):
-        olive_utils.call_task("add", (2, 3), expires=eta - timedelta(days=1))
+        call_task("add", (2, 3), expires=eta - timedelta(days=1))
     for when in {"eta": datetime.now()}, {"expires": datetime.now()}:
         with pytest.raises(ValueError, match="has no time zone"):
-            olive_utils.send_task("add", (2, 3), **when)
+            send_task("add", (2, 3), **when)
     with pytest.raises(TimeoutError, match="no answer within 0.1 s"):
-        olive_utils.call_task("sleep_n", [0.5], timeout=0.1)
+        call_task("sleep_n", [0.5], timeout=0.1)
     live.app.wait_for("'sleep_n'")
-    ident = olive_utils.send_task("echo", ["sent"], time_limit=0.5)
+    ident = send_task("echo", ["sent"], time_limit=0.5)
     live.app.wait_for(f"DEBUG 'echo'[{ident}]: done")
     monkeypatch.setenv("OLIVE_ROUTING_KEY", "nowhere")
     with pytest.raises(pika.exceptions.UnroutableError):
-        olive_utils.send_task("add", (2, 3))
+        send_task("add", (2, 3))
     monkeypatch.setenv("OLIVE_URL", DEAD)
     for function in olive_utils.send_task, olive_utils.call_task:
         with pytest.raises(pika.exceptions.AMQPError):
             function("add", (2, 3))
+
+
+# =====================================================================================
+# Calling
+# =====================================================================================
+
+CALL_TASKS = """
+import os, time
+import sweepea
+from olive_app import call, job, send, TaskFailed
+
+def record(word):
+    with open(os.environ["RECORD"], "a") as file:
+        file.write(f"{word}\\n")
+
+@task
+async def sum_up(depth):
+    record(f"begin {depth}")
+    if depth == 0: return 1
+    return sum(await sweepea.gather(*[call("sum_up", [depth - 1]) for _ in range(3)]))
+
+@task
+def double(x): return 2 * x
+
+@task(timeout=3600)
+async def tell(what, *args):
+    if what == "value": return await call("double", [args[0]])
+    if what == "send": return await send("note", [args[0]])
+    if what == "timeout": return await call("hold", timeout=0.1)
+    if what == "expired": return await call("double", [1], expires=-1)
+    if what == "nested": return list((await call("told", [], {"x": 1}))[:1]) + [job().id]
+    if what == "failure":
+        try: await call("wrong", retries=1) if args else await call("wrong")
+        except TaskFailed as exc: return [exc.exc_type, exc.text, "in wrong" in exc.traceback]
+
+@task
+def told(x): return [job().name, job().tries, str(job().sent)]
+
+@task
+def wrong(): raise ValueError("on purpose")
+
+@task
+def note(word): record(word)
+
+@task
+def hold():
+    while not os.path.exists(os.environ["RECORD"] + ".go"): time.sleep(0.02)
+    record("held")
+    return "held"
+
+@task
+async def caller(): return await call("hold")
+
+@task(timeout=0.3)
+async def hasty(): return await call("hold")
+
+@task
+def threaded(x):
+    from olive_utils import call_task
+    return call_task("double", [x])
+"""
+
+
+@pytest.fixture
+def calling(client, tmp_path):
+    """A client, and the settings of an app whose tasks call tasks."""
+    client.record = tmp_path / "record"
+    client.record.touch()
+    client.config |= {**tasks_module(tmp_path, CALL_TASKS, "calltasks"),
+                      "OLIVE_ROUTING_KEY": client.queue,
+                      "RECORD": str(client.record)}
+    client.calls = f"{client.queue}.calls"
+    yield client
+    client.connect()
+    client.channel.queue_delete(client.calls)
+
+
+def consumers(client, queue):
+    return client.channel.queue_declare(queue, passive=True).method.consumer_count
+
+
+def test_a_task_calls_a_task(calling):
+    def answer(*args):
+        calling.send("tell", args)
+        reply = calling.reply()
+        return reply["result"] if reply["status"] == "SUCCESS" else reply
+
+    with running(calling.config) as app:
+        assert answer("value", 21) == 42
+        assert answer("failure") == ["ValueError", "on purpose", True]
+        assert answer("timeout")["result"]["exc_message"] == [
+            "no answer to hold within 0.1 s"]
+        assert answer("expired")["result"]["exc_message"] == [
+            "TaskRevokedError: expired"]
+        assert answer("failure", "odd")["result"]["exc_type"] == "TypeError"
+        ident = answer("send", "sent")
+        wait_until(lambda: calling.record.read_text() == "sent\n")
+        assert str(uuid.UUID(ident)) == ident
+        # (the replies of three callers that failed lie in the dead queue as well)
+        open(f"{calling.record}.go", "w").close()
+        wait_until(lambda: "held" in calling.record.read_text())
+        app.stop()
+    for _ in range(4):
+        calling.get(calling.dead_queue)
+
+
+def test_a_called_message_says_who_called(calling):
+    with running(calling.config) as app:
+        calling.send("tell", ["failure"], id="the-caller", root_id="the-root")
+        calling.reply()
+        properties, headers = buried(calling, "failed")
+        assert (headers["parent_id"], headers["root_id"]) == ("the-caller", "the-root")
+        assert headers["id"] == properties.correlation_id != "the-caller"
+        calling.send("tell", ["failure"], id="no-root")
+        calling.reply()
+        assert buried(calling, "failed")[1]["root_id"] == "no-root"
+        app.stop()
+
+
+@pytest.mark.parametrize("apps", [1, 2])
+def test_callers_that_wait_hold_no_place(calling, apps):
+    config = {**calling.config, "OLIVE_PREFETCH": "2", "OLIVE_THREADS": "2"}
+    with ExitStack() as stack:
+        started = [stack.enter_context(running(config)) for _ in range(apps)]
+        for _ in range(20):
+            calling.send("sum_up", [3])
+        assert [calling.reply()["result"] for _ in range(20)] == [27] * 20
+        wait_until(lambda: consumers(calling, calling.calls) == apps)
+        assert consumers(calling, calling.queue) == apps
+        for app in started:
+            app.stop()
+    assert calling.count(calling.queue) == calling.count(calling.calls) == 0
+
+
+def test_no_more_than_a_window_of_callers_is_in_hand(calling):
+    with running({**calling.config, "OLIVE_PREFETCH": "3"}) as app:
+        for _ in range(50):
+            calling.send("sum_up", [1])
+            calling.send("caller", [])
+        # Callers of both kinds come in; those of `hold` keep their places.
+        wait_until(lambda: calling.count(calling.calls) == 0
+                   and calling.count(calling.queue) <= 97)
+        open(f"{calling.record}.go", "w").close()
+        answers = [calling.reply()["result"] for _ in range(100)]
+        assert sorted(map(str, answers)) == ["3"] * 50 + ["held"] * 50
+        app.stop()
+
+
+def test_what_a_cancelled_caller_has_called_runs_on(calling):
+    with running(calling.config) as app:
+        calling.send("hasty", [])
+        assert calling.reply()["result"]["exc_type"] == "TimeLimitExceeded"
+        open(f"{calling.record}.go", "w").close()
+        wait_until(lambda: "held" in calling.record.read_text())
+        assert buried(calling, "timeout")
+        app.stop()
+
+
+def test_the_app_is_killed_while_callers_wait(calling):
+    with running(calling.config) as app:
+        for _ in range(5):
+            calling.send("caller", [])
+        wait_until(lambda: "hold" in app.log or calling.count(calling.queue) == 0)
+        app.process.kill()
+        app.wait()
+    open(f"{calling.record}.go", "w").close()
+    with running(calling.config) as app:
+        assert [calling.reply()["result"] for _ in range(5)] == ["held"] * 5
+        app.stop()
+
+
+def test_the_broker_is_killed_while_callers_wait(victim, tmp_path):
+    client = Client(victim.url, "callers")
+    record = tmp_path / "record"
+    config = {**client.config, **tasks_module(tmp_path, CALL_TASKS, "calltasks"),
+              "RECORD": str(record)}
+    record.touch()
+    replies = "callers.replies"
+    client.channel.queue_declare(replies, durable=True,
+                                 arguments={"x-queue-type": "quorum"})
+    with running(config) as app:
+        # A quorum queue that is a second old may not outlive a kill -9 of the broker.
+        client.send("tell", ["value", 1])
+        assert client.reply()["result"] == 2
+        client.close()
+        victim.stop()
+        victim.start()
+        app.wait_for("reconnected")
+        client.connect()
+        for _ in range(3):
+            client.send("sum_up", [0], properties={"reply_to": replies})
+            client.send("caller", [], properties={"reply_to": replies})
+        wait_until(lambda: record.read_text().count("begin") == 3)
+        client.close()
+        victim.kill()
+        open(f"{record}.go", "w").close()
+        app.wait_for("connection lost", count=2)
+        victim.start()
+        app.wait_for("reconnected", 60, count=2)
+        client.connect()
+        got = [json.loads(client.get(replies)[1])["result"] for _ in range(6)]
+        assert set(map(str, got)) == {"1", "held"}
+        app.stop()
+    client.close()
+
+
+def test_a_stop_gives_callers_back_if_nobody_takes_what_they_call(calling):
+    config = {**calling.config, "OLIVE_THREADS": "1", "OLIVE_GRACE": "3600"}
+    with running(config) as app:
+        calling.send("caller", [])      # its call runs, in the only thread
+        calling.send("caller", [])      # and that of this one waits
+        wait_until(lambda: calling.count(calling.queue) == 0)
+        app.wait_for("waiting for tasks")
+        wait_until(lambda: calling.count(calling.calls) == 0)
+        app.signal()
+        app.wait_for("stopping: ")
+        open(f"{calling.record}.go", "w").close()
+        assert app.wait() == 0
+    with running(config) as app:
+        assert [calling.reply()["result"] for _ in range(2)] == ["held"] * 2
+        app.stop()
+
+
+def test_a_stop_waits_for_callers_if_another_app_takes_what_they_call(calling):
+    config = {**calling.config, "OLIVE_THREADS": "1", "OLIVE_GRACE": "3600"}
+    with running(config) as one:
+        for _ in range(2):
+            calling.send("caller", [])
+        wait_until(lambda: calling.count(calling.queue) == 0)
+        with running(config) as other:
+            one.signal()
+            one.wait_for("stopping: ")
+            open(f"{calling.record}.go", "w").close()
+            assert one.wait() == 0
+            assert [calling.reply()["result"] for _ in range(2)] == ["held"] * 2
+            other.stop()
+    assert calling.record.read_text() == "held\nheld\n"
+
+
+def test_call_task_in_a_thread_task(calling):
+    with running(calling.config) as app:
+        calling.send("threaded", [4])
+        assert calling.reply()["result"] == 8
+        app.stop()
+
+
+async def test_call_is_for_coroutines_of_the_app():
+    for function in olive_app.call, olive_app.send:
+        with pytest.raises(RuntimeError, match="for coroutines that run in the app"):
+            await function("add", (2, 3))
+    for function in olive_utils.call_task, olive_utils.send_task:
+        with pytest.raises(RuntimeError, match="await call"):
+            function("add", (2, 3))
+    with pytest.raises(RuntimeError, match="is for tasks"):
+        olive_app.job()
+
+
+@KINDS
+def test_a_task_may_know_its_job(name, live):
+    live.send(name, ["job"], id="my-id", retries=2)
+    assert live.reply()["result"] == ["my-id", name, 2, None]
+    sent = later(-1).isoformat()
+    live.send(name, ["job"], id="my-id", **{"x-olive-sent": sent})
+    assert live.reply()["result"] == ["my-id", name, 0, sent]
+    live.send(name, ["job"], id="my-id", **{"x-olive-sent": "nonsense"})
+    assert live.reply()["result"] == ["my-id", name, 0, None]
+
+
+# -- values that JSON does not have ----------------------------------------------------
+
+VALUES = [
+    (datetime(2026, 2, 28, 12, 30, tzinfo=timezone.utc), "datetime",
+     "2026-02-28T12:30:00+00:00"),
+    (datetime(2026, 2, 28, 12, 30, 1, 5), "datetime", "2026-02-28T12:30:01.000005"),
+    (datetime(2026, 2, 28).date(), "date", "2026-02-28"),
+    (datetime(2026, 2, 28, 1, 2).time(), "time", "01:02:00"),
+    (Decimal("1.10"), "decimal", "1.10"),
+    (uuid.UUID(int=5, version=4), "uuid",
+     {"hex": uuid.UUID(int=5, version=4).hex, "version": 4}),
+    (b"\x00\xff", "base64", "AP8="), (b"text", "base64", "dGV4dA==")]
+
+
+@pytest.mark.parametrize("value, name, written", VALUES)
+def test_values_travel_as_celery_writes_them(value, name, written, live):
+    config = OliveAppConfig.from_env(live.config)
+    assert call_task("echo", [value], {"k": [value]}, config=config) == [
+        [value], {"k": [value]}]
+    live.send("echo", [{"__type__": name, "__value__": written}])
+    assert live.reply()["result"] == [[{"__type__": name, "__value__": written}], {}]
+
+
+def test_other_marks_of_a_type(live):
+    live.send("echo", [{"__type__": "bytes", "__value__": "caf\u00e9"},
+                       {"__type__": "date", "__value__": "2026-02-28T00:00:00"},
+                       {"__type__": "datetime", "__value__": "2026-02-28T00:00:00Z"},
+                       {"__type__": 1}])
+    assert [value.get("__value__", value) for value in live.reply()["result"][0]] == [
+        "Y2Fmw6k=", "2026-02-28", "2026-02-28T00:00:00+00:00", {"__type__": 1}]
+    for kind, value in (("set", [1]), ("uuid", {"bytes": 1}), ("decimal", "x"),
+                        ("datetime", 5), ("base64", "a"), ([], 1)):
+        live.send("echo", [{"__type__": kind, "__value__": value}])
+        assert "none of the types" in live.reply()["result"]["exc_message"][0]
+        buried(live, "malformed")
+
+
+# -- sending from programs -------------------------------------------------------------
+
+def test_many_threads_share_one_connection(live):
+    config = OliveAppConfig.from_env(live.config)
+    with ThreadPoolExecutor(20) as pool:
+        answers = list(pool.map(lambda n: call_task("echo", [n], config=config),
+                                range(400)))
+    assert answers == [[[n], {}] for n in range(400)]
+    assert len([key for key in olive_utils._clients if key == repr(config)]) == 1
+
+
+def test_a_forked_child_has_a_connection_of_its_own(live):
+    config = OliveAppConfig.from_env(live.config)
+    assert call_task("echo", [1], config=config) == [[1], {}]
+    ours, theirs = os.pipe()
+    if (pid := os.fork()) == 0:
+        with suppress(BaseException):
+            os.write(theirs, json.dumps(call_task("echo", [2], config=config)).encode())
+        os._exit(0)
+    os.close(theirs)
+    assert os.waitpid(pid, 0)[1] == 0
+    with open(ours, "rb") as pipe:
+        assert pipe.read() == b"[[2], {}]"
+    assert call_task("echo", [3], config=config) == [[3], {}]
+
+
+def test_a_program_of_asyncios_calls(live):
+    config = OliveAppConfig.from_env(live.config)
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        return await asyncio.gather(*[loop.run_in_executor(None, functools.partial(
+            call_task, "echo", [n], config=config)) for n in range(5)])
+
+    assert asyncio.run(main()) == [[[n], {}] for n in range(5)]
+
+
+def test_a_program_that_has_sent_leaves_nothing(live):
+    done = python(live.config, "-c", "import olive_utils, threading\n"
+                  "print(olive_utils.call_task('echo', [1]), threading.active_count())")
+    assert (done.stdout, done.stderr) == ("[[1], {}] 2\n", "")
+
+
+def test_a_connection_of_a_program_that_is_lost_comes_back(victim):
+    config = OliveAppConfig(url=victim.url, queue="kept.q", routing_key="kept.k")
+    with running({"OLIVE_URL": victim.url, "OLIVE_QUEUE": "kept.q",
+                  "OLIVE_ROUTING_KEY": "kept.k"}) as app:
+        assert call_task("add", (2, 3), config=config) == 5
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(call_task, "sleep_n", [2], config=config, timeout=None)
+            wait_until(lambda: "sleep_n" in str(victim.ctl(
+                "list_queues", "name", "messages_unacknowledged")) or True)
+            victim.ctl("close_all_connections", "test")
+            assert answer.result(60) == 2
+        assert call_task("add", (3, 4), config=config) == 7
+        app.stop()
+
+
+def test_a_frozen_broker_holds_nobody_up(victim, monkeypatch):
+    config = OliveAppConfig(url=victim.url, queue="cold.q", routing_key="cold.k")
+    send_task("add", (2, 3), config=config)
+    os.kill(victim.process.pid, signal.SIGSTOP)
+    try:
+        for again in config, OliveAppConfig(url=f"{victim.url}?heartbeat=300"):
+            with pytest.raises(TimeoutError, match="no answer .*within 0.5 s"):
+                call_task("add", (2, 3), config=again, timeout=0.5)
+    finally:
+        os.kill(victim.process.pid, signal.SIGCONT)
+
+
+def test_a_blocked_broker_holds_nobody_up_for_ever(victim, monkeypatch):
+    monkeypatch.setattr(olive_app, "CONFIRM_LIMIT", 1.0)
+    config = OliveAppConfig(url=f"{victim.url}?heartbeat=600", queue="full.q",
+                            routing_key="full.k")
+    send_task("add", (2, 3), config=config)
+    victim.ctl("set_vm_memory_high_watermark", "0.0000001")
+    try:
+        for function in send_task, call_task:
+            with pytest.raises(TimeoutError, match="short of memory"):
+                while True:     # the broker blocks us at the first message
+                    function("add", (2, 3), config=config)
+                    assert function is send_task
+    finally:
+        victim.ctl("set_vm_memory_high_watermark", "0.4")
+
+
+def test_a_full_queue_is_told_as_such(client):
+    client.channel.queue_declare(client.queue, durable=True, arguments={
+        "x-max-length": 1, "x-overflow": "reject-publish"})
+    client.channel.exchange_declare(client.exchange, "direct", durable=True)
+    client.channel.queue_bind(client.queue, client.exchange, "Olive.k")
+    config = OliveAppConfig.from_env(client.config)
+    with pytest.raises(pika.exceptions.NackError):
+        for _ in range(3):
+            send_task("add", (2, 3), config=config)
+    sent = send(client.config, "add", "2", "3", "--no-wait")
+    assert sent.returncode == 4 and sent.stderr == (
+        f"olive: the broker does not take the message: {client.queue} is full\n")
+
+
+def test_what_is_sent_before_the_app_ever_ran_waits_for_it(client):
+    sender = subprocess.Popen(**program(client.config, "olive_utils.py", "add", "2", "3"),
+                              stderr=subprocess.PIPE)
+    assert sender.stderr.readline() == (
+        f"no app listens on {client.queue} yet; waiting\n")
+    with running(client.config) as app:
+        assert sender.communicate(timeout=30) == ("5\n", "")
+        assert sender.returncode == 0
+        app.stop()
+
+
+def test_the_exchange_is_deleted_while_a_program_is_connected(client):
+    config = OliveAppConfig.from_env(client.config)
+    with running(client.config) as app:
+        assert call_task("add", (2, 3), config=config) == 5
+        client.channel.exchange_delete(client.exchange)
+        assert call_task("add", (3, 4), config=config) == 7
+        app.stop()
+
+
+def test_a_user_who_may_only_write_can_send(broker, client):
+    with running(client.config) as app:
+        app.stop()
+    broker.ctl("add_user", "writer", "secret")
+    try:
+        broker.ctl("set_permissions", "writer", "^$", rf"^{client.exchange}$", "^$")
+        url = broker.url.replace("guest:guest", "writer:secret")
+        config = OliveAppConfig.from_env({**client.config, "OLIVE_URL": url,
+                                          "OLIVE_QUEUE_ARGUMENTS": "{}"})
+        send_task("add", (2, 3), config=config)
+        assert client.count(client.queue) == 1
+        client.get(client.queue)
+        with pytest.raises(pika.exceptions.ChannelClosedByBroker, match="403"):
+            call_task("add", (2, 3), config=config)
+    finally:
+        broker.ctl("delete_user", "writer")
+
+
+def test_a_bad_setting_is_no_end_of_the_program(monkeypatch):
+    monkeypatch.setenv("OLIVE_URL", "http://localhost")
+    with pytest.raises(ValueError, match="OLIVE_URL: must be"):
+        send_task("add", (2, 3))
+
+
+# -- what is wrong, and what to do -----------------------------------------------------
+
+@pytest.mark.parametrize("url, said", [
+    ("http://localhost", "begins otherwise"), ("amqp://u:p#word@h", "%23 for #"),
+    ("amqp://u:p/word@h", "%2F for /"), ("amqp://u:5/word@h", "%2F for /"),
+    ("amqp://u:p,word@h", "%2C for ,"), ("amqp://u:p@h:port/", "port is no number"),
+    ("amqp://u:p@h:99999/", "port is no number"), ("amqp://u:p@[::1/", "is no number"),
+    ("amqp://u:p@h/?hartbeat=3", "Unknown URL parameter: 'hartbeat'"),
+    ("amqp://u:p@h/?heartbeat=soon", "Invalid heartbeat"),
+    ("amqps://u:p@h/?ssl_options={'cafile':'/none'%2C'password':'word'}",
+     "a file that ssl_options names: No such file or directory"),
+    ("amqps://u:p@h/?ssl_options={'password':'word'", "ssl_options is no dict")])
+def test_a_url_that_is_wrong_says_why(url, said):
+    with pytest.raises(ValueError, match="OLIVE_URL: must be amqp://.*: ") as caught:
+        OliveAppConfig(url=url)
+    assert said in str(caught.value) and "word" not in (
+        str(caught.value).replace("in a password", "").replace("user:password", ""))
+
+
+@pytest.mark.parametrize("given, host, port, vhost, user, password", [
+    ("amqp://guest@localhost//", "localhost", 5672, "/", "guest", "guest"),
+    ("amqp://me:%2Fp%23@h:5673//", "h", 5673, "/", "me", "/p#"),
+    ("amqp://localhost", "localhost", 5672, "/", "guest", "guest"),
+    ("amqp://u:p@h/shop?heartbeat=5", "h", 5672, "shop", "u", "p")])
+def test_urls_may_be_as_celery_has_them(given, host, port, vhost, user, password):
+    parameters = pika.URLParameters(OliveAppConfig(url=given).urls[0])
+    assert (parameters.host, parameters.port, parameters.virtual_host) == (
+        host, port, vhost)
+    assert parameters.credentials == pika.PlainCredentials(user, password)
+
+
+async def test_a_connection_that_fails_names_host_and_port():
+    for url, where in ((DEAD, "127.0.0.1:1"), ("amqp://nowhere.invalid:7", "invalid:7")):
+        with pytest.raises(pika.exceptions.AMQPConnectionError, match=where) as caught:
+            await sweepea.Connection.open([url])
+        assert str(caught.value).rstrip(": ") != where
+
+
+def test_the_log_has_the_frames_of_a_task_that_failed(client, tmp_path):
+    environ = tasks_module(tmp_path, """
+def inner(): raise ValueError("\\x1b[31mred")
+
+@task(retries=1, retry_delay=0.1)
+def outer(): inner()
+
+@task(worker="process")
+def child(): inner()
+""")
+    with running({**client.config, **environ}) as app:
+        for name in "outer", "child":
+            client.send(name, [])
+            client.get(client.dead_queue)
+            app.wait_for(f"{name}'[")
+        app.wait_for("is dead (failed)", count=2)
+        app.stop()
+    frames = [line.strip() for line in app.lines if line.startswith("  ")
+              and line.strip(" \n~^")]
+    assert len(frames) == 8 and frames[3] == frames[7] == (
+        """def inner(): raise ValueError("\\\\x1b[31mred")""")
+    assert all("mytasks.py" in line for line in frames[::2])
+    assert "\x1b" not in app.log and "olive_app.py" not in app.log
+
+
+def test_what_expires_while_it_is_tried_again_is_told(client, tmp_path):
+    environ = tasks_module(tmp_path, """
+@task(retries=9, retry_delay=0.5)
+def wrong(): raise ValueError("on purpose")
+
+@task(retries=9, retry_delay=60)
+def late(): raise ValueError("on purpose")
+""")
+    with running({**client.config, **environ}) as app:
+        # The next try would come after the end: the job has failed for good.
+        client.send("late", [], expires=later(30).isoformat())
+        assert client.reply()["result"]["exc_type"] == "ValueError"
+        assert buried(client, "failed")[1]["x-olive-error"] == "ValueError: on purpose"
+        app.stop()
+    # It expires while no app is there to try it.
+    client.send("wrong", [], expires=later(-1).isoformat(), retries=2, **{
+        "x-olive-error": "ValueError: on purpose"})
+    with running({**client.config, **environ}) as app:
+        reply = client.reply()
+        assert (reply["status"], reply["result"]["exc_message"]) == (
+            "REVOKED", ["expired after a failed try: ValueError: on purpose"])
+        assert "ValueError" in buried(client, "failed")[1]["x-olive-error"]
+        app.stop()
+    assert "expired after a failed try: ValueError" in app.log
+
+
+def test_the_queue_is_deleted_while_a_job_runs(client, tmp_path):
+    environ = tasks_module(tmp_path, """
+import os, time
+@task
+def held(path):
+    while not os.path.exists(path): time.sleep(0.02)
+    return "held"
+""")
+    go = tmp_path / "go"
+    with running({**client.config, **environ}) as app:
+        client.send("held", [str(go)])
+        wait_until(lambda: client.count(client.queue) == 0)
+        client.channel.queue_delete(client.queue)
+        app.wait_for("reconnected")
+        go.touch()
+        assert client.reply()["result"] == "held"
+        client.send("add")
+        assert client.reply()["result"] == 5
+        app.stop()
+
+
+def test_a_broker_that_restarts_in_the_handshake_refuses_nobody(client):
+    # A server that closes each connection as soon as something is said.
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        def serve():
+            for _ in range(2):
+                connection, _ = server.accept()
+                connection.recv(8)
+                connection.sendall(START)
+                connection.recv(1)
+                connection.close()
+
+        # (the frame with which a broker begins, as a real one sends it)
+        with socket.create_connection((client.parameters.host,
+                                       client.parameters.port)) as real:
+            real.sendall(b"AMQP\x00\x00\x09\x01")
+            START = real.recv(65536)
+        threading.Thread(target=serve, daemon=True).start()
+        port = server.getsockname()[1]
+        app = App({**client.config, "OLIVE_URL": f"amqp://127.0.0.1:{port}"})
+        app.wait_for("no connection to the broker")
+        assert app.process.poll() is None and "refuses" not in app.log
+        app.stop()
+
+
+SLOW_NAMES = """
+import socket, time
+def mute(*args, **kwargs): time.sleep(3600)
+socket.getaddrinfo = mute
+"""
+
+
+def test_a_stop_does_not_wait_for_a_name_server(tmp_path):
+    environ = tasks_module(tmp_path, SLOW_NAMES)
+    app = App({**environ, "OLIVE_URL": "amqp://broker.example", "OLIVE_GRACE": "1"})
+    wait_until(lambda: app.process.poll() is not None or os.path.exists(
+        f"/proc/{app.process.pid}/task") and len(os.listdir(
+            f"/proc/{app.process.pid}/task")) > 1)
+    app.stop()
+
+
+# -- whose task is it? -----------------------------------------------------------------
+
+UNGUARDED = """
+import os
+from olive_app import OliveAppConfig, OliveOly, task
+
+@task(worker="process")
+def mine(): return os.getpid()
+
+OliveOly(OliveAppConfig.from_env()).start()
+"""
+
+GUARDED = """
+import os, sys
+from olive_app import OliveAppConfig, OliveOly, task
+
+def main():
+    import elsewhere
+    OliveOly(OliveAppConfig.from_env()).start()
+
+if __name__ == "__main__":
+    @task(worker="process")
+    def under_the_guard(): pass
+
+    main()
+"""
+
+ELSEWHERE = """
+import os
+from olive_app import task
+
+@task(worker="process")
+def mine(): return os.getpid()
+"""
+
+
+@pytest.mark.parametrize("how", ["unguarded", "inside", "module"])
+def test_a_process_task_may_be_anywhere(how, client, tmp_path):
+    (tmp_path / "own.py").write_text(UNGUARDED if how == "unguarded" else GUARDED)
+    (tmp_path / "elsewhere.py").write_text(ELSEWHERE)
+    trace = tmp_path / "trace"
+    config = {**client.config, "PYTHONPATH": f"{tmp_path}:{HOUSE}",
+              "OLIVE_TRACE": str(trace), "OLIVE_PROCESSES": "2"}
+    script, argv = ("-m", ["own"]) if how == "module" else (tmp_path / "own.py", [])
+    with running(config, *argv, script=script) as app:
+        client.send("mine", [])
+        assert client.reply()["result"] in app.children()
+        app.stop()
+    assert app.log.count("waiting for tasks") == 1
+    assert json.loads(trace.read_text())
+
+
+def test_a_process_task_under_the_guard_says_so(client, tmp_path):
+    (tmp_path / "own.py").write_text(GUARDED)
+    (tmp_path / "elsewhere.py").write_text(ELSEWHERE)
+    config = {**client.config, "PYTHONPATH": f"{tmp_path}:{HOUSE}"}
+    with running(config, script=tmp_path / "own.py") as app:
+        client.send("under_the_guard", [])
+        text, = client.reply()["result"]["exc_message"]
+        assert "define it at the top level of a module" in text and "__main__" in text
+        buried(client, "unknown-task")
+        app.stop()
+
+
+@pytest.mark.parametrize("module", ["shop.vendor.olive_app", "shop.run"])
+def test_the_files_may_be_copied_into_a_package(module, client, tmp_path):
+    vendor = tmp_path / "shop" / "vendor"
+    vendor.mkdir(parents=True)
+    for name in "sweepea.py", "olive_app.py", "olive_utils.py":
+        shutil.copy(HERE / name, vendor)
+    (tmp_path / "shop" / "tasks.py").write_text("""
+import os
+from .vendor.olive_app import call, task
+
+@task(worker="process")
+def mine(x): return [x, os.getpid()]
+
+@task
+async def calls(x): return await call("mine", [x])
+""")
+    (tmp_path / "shop" / "run.py").write_text("""
+from .vendor.olive_app import OliveAppConfig, OliveOly
+from . import tasks
+OliveOly(OliveAppConfig.from_env()).start()
+""")
+    config = {**client.config, "PYTHONPATH": str(tmp_path)}
+    if "vendor" in module:
+        config["OLIVE_TASKS"] = "shop.tasks"
+    with running(config, module, script="-m") as app:
+        sent = python(config, "-m", "shop.vendor.olive_utils", "calls", "5")
+        assert sent.stderr == ""
+        number, pid = json.loads(sent.stdout)
+        assert number == 5 and pid in app.children()
+        done = python(config, "-c", "from shop.vendor.olive_utils import call_task\n"
+                      "print(call_task('mine', [6])[0])")
+        assert (done.stdout, done.stderr) == ("6\n", "")
+        app.stop()
+
+
+# =====================================================================================
+# What the sender shows
+# =====================================================================================
+
+BLUNT_TASKS = '''
+import itertools, os, time
+numbers = itertools.count(1)
+
+def note(path, text):
+    with open(path, "a", buffering=1) as file:
+        file.write(text)
+
+@task
+async def uneven(path, seconds=0):
+    import sweepea
+    await sweepea.sleep(seconds)
+    if next(numbers) % 7 == 0:
+        note(path, "-")
+        raise ValueError("a seventh \\x1b[2J\\x9b2J")
+    note(path, "+")
+    return "fine"
+'''
+
+
+@pytest.fixture
+def served(client, tmp_path):
+    """A client with an app that knows the task `uneven`."""
+    environ = {**client.config, **tasks_module(tmp_path, BLUNT_TASKS)}
+    client.path = tmp_path / "notes"
+    with running(environ):
+        yield client
+
+
+class Terminal:
+    """The sender in a terminal of so many columns; `output` is all that it wrote."""
+
+    def __init__(self, environ, *argv, columns=80, script="olive_utils.py"):
+        self.columns, self.output = columns, b""
+        ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
+        # A terminal throws away, at a ^C, what it has not shown yet. Not this one.
+        modes = termios.tcgetattr(theirs)
+        modes[3] |= termios.NOFLSH
+        termios.tcsetattr(theirs, termios.TCSANOW, modes)
+        self.process = subprocess.Popen(
+            **{**program(environ, script, *argv), "text": False, "stdin": theirs,
+               "stdout": theirs}, stderr=theirs, start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+        os.close(theirs)
+        self.fd = ours
+
+    def read(self, until=None, timeout=60):
+        """Read until the output has the bytes, or to its end."""
+        deadline = time.monotonic() + timeout
+        while until is None or until not in self.output:
+            left = deadline - time.monotonic()
+            assert left > 0 and select.select([self.fd], [], [], left)[0], self.output
+            try:
+                chunk = os.read(self.fd, 1 << 16)
+            except OSError:         # the other end is closed
+                chunk = b""
+            if not chunk:
+                assert until is None, (until, self.output)
+                return
+            self.output += chunk
+
+    def press(self, keys):
+        os.write(self.fd, keys)
+
+    def end(self):
+        """Read all; return the exit status."""
+        self.read()
+        os.close(self.fd)
+        # The tracebacks of tasks are results. The terminal shows ^C where it comes.
+        said = re.sub(rb'Traceback [^\n]*\n  File "[^\n]*(mytasks|a).py"', b"",
+                      self.output.replace(b"^C", b""))
+        assert not re.search(rb"Traceback|Crash|FRAME|KeyboardInterrupt|ignored", said), \
+            said.decode()
+        return self.process.wait(20)
+
+    def screen(self, must_fit=False):
+        """What stands on the terminal in the end, as lines; with those that scrolled
+        out. A line that is too long goes on in the next, as on a real one."""
+        rows, x = [""], 0
+        output = self.output.decode().replace("^C", "")
+        for token in re.findall(r"\x1b\[K|.", output, re.DOTALL):
+            assert token.isprintable() or token in "\r\n\x1b[K", repr(token)
+            if token == "\r":
+                x = 0
+            elif token == "\n":
+                rows.append("")
+                x = 0
+            elif token == "\x1b[K":
+                rows[-1] = rows[-1][:x]
+            else:
+                if x == self.columns:
+                    assert not must_fit, rows[-1]
+                    rows.append("")
+                    x = 0
+                rows[-1] = rows[-1][:x] + token + rows[-1][x + 1:]
+                x += 1
+        return rows
+
+
+SUMMARY = re.compile(r"(\d+) ok, (\d+) failed(?:, (\d+) outstanding)? in [\d.]+ s(?:: "
+                     r"\d+ tasks/s, latency p50 ([\d.]+) ms, p99 ([\d.]+) ms)?")
+FRAME = re.compile(r"(\d+/\d+ \[([#-]*)\](?: [\d.]+/s \d+:\d\d left)?)\r\x1b\[K")
+
+
+def summary(terminal):
+    """The numbers of the summary, which has to stand alone in the end."""
+    last = terminal.output.decode().splitlines()[-1].rpartition("\x1b[K")[2]
+    match = SUMMARY.fullmatch(last)
+    assert match, last
+    return [int(number or 0) for number in match.groups()[:3]]
+
+
+# -- progress --------------------------------------------------------------------------
+
+@pytest.mark.parametrize("columns", [80, 40])
+def test_the_progress_is_one_line_that_is_drawn_anew(served, columns):
+    count = 300
+    sender = Terminal(served.config, "uneven", served.path, "0.3", "--count", count,
+                      columns=columns)
+    assert sender.end() == 1
+    output = sender.output.decode()
+    frames = FRAME.findall(output)
+    assert len(frames) >= 2 and output.count("\x1b[K") == len(frames) + 1
+    for frame, bar in frames:
+        assert len(frame) <= columns - 3 and bar, frame
+    assert not [row for row in sender.screen() if "left" in row or "[" == row[-1:]]
+    # The results and the errors are whole, and as many as the task itself counted.
+    did = served.path.read_text()
+    rows = sender.screen()
+    assert len(did) == count and summary(sender) == [did.count("+"), did.count("-"), 0]
+    assert rows.count('"fine"') == did.count("+")
+    assert output.count("ValueError: a seventh \\x1b[2J\\x9b2J\r\n") == did.count("-")
+
+
+def test_quiet_means_results_and_errors_alone(served):
+    for quiet in False, True:
+        sender = Terminal(served.config, "uneven", served.path, "0.3", "--count", 3,
+                          *["--quiet"] * quiet)
+        assert sender.end() in (0, 1)
+        assert ("\x1b" in sender.output.decode().replace("\\x1b", "")) == (not quiet)
+        assert bool(SUMMARY.search(sender.output.decode())) == (not quiet)
+    sent = send(served.config, "uneven", served.path, "--count", "3", "--quiet")
+    assert sent.stdout.count('"fine"\n') + sent.stderr.count("ValueError: ") == 3
+    assert "ok" not in sent.stderr
+
+
+def test_elsewhere_the_progress_is_plain_lines(served):
+    sent = send(served.config, "uneven", served.path, "5.5", "--count", "2")
+    progress, last = sent.stderr.splitlines()
+    assert re.fullmatch(r"0/2 \[-*\]", progress) and SUMMARY.fullmatch(last)
+    assert sent.stdout == '"fine"\n"fine"\n'
+
+
+def test_the_results_go_at_once_to_a_pipe_beside_a_terminal(served):
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+            **program(served.config, "olive_utils.py", "uneven", served.path, "--count",
+                      "5"), stderr=theirs) as sender:
+        assert sender.stdout.read() == '"fine"\n' * 5
+    os.close(theirs)
+    assert b"5 ok, 0 failed" in os.read(ours, 4096)
+    os.close(ours)
+    screen = olive_utils._Screen(argparse.Namespace(count=5, quiet=False))
+    screen.redraws = True
+    with open(served.path, "w+") as file:
+        screen.show("it is not held back", file)
+        assert served.path.read_text() == "it is not held back\n"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 50, 99, 100, 101, 200, 1000])
+def test_the_percentiles(count):
+    screen = olive_utils._Screen(argparse.Namespace(count=2 * count, quiet=False))
+    screen.latencies = [random.randrange(10_000) / 10 for _ in range(count)]
+    screen.failed = count // 3
+    match = SUMMARY.fullmatch(screen.summary())
+    assert [*map(int, match.groups()[:3])] == [count - count // 3, count // 3, count]
+    for part, told in (50, float(match[4])), (99, float(match[5])):
+        # The least of the latencies that so many percent do not exceed.
+        assert told == min(one for one in screen.latencies if 100 * sum(
+            other <= one for other in screen.latencies) >= part * count)
+
+
+def test_no_answer_in_time_is_told_below_what_came_back(served):
+    sender = Terminal(served.config, "uneven", served.path, "30", "--count", 3,
+                      "--timeout", "0.5")
+    assert sender.end() == 3
+    assert "no answer within 0.5 s" in sender.screen()
+    assert summary(sender) == [0, 0, 3]
+
+
+# -- Ctrl-C ----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("argv, moment", [
+    (["--count", "20000"], b"/20000 ["), (["--count", "20000"], b'"fine"'),
+    (["--count", "20000"], b"7/20000"),
+    (["--count", "20000", "--no-wait"], b"/20000 ["),
+    (["--count", "20000", "--no-wait"], b"-4"), (["--count", "700"], b"/700 [")])
+def test_ctrl_c_tells_what_came_back(served, argv, moment):
+    sender = Terminal(served.config, "uneven", served.path, *argv, columns=200)
+    sender.read(moment)
+    sender.press(b"\x03")
+    status = sender.end()
+    if status == 1:                         # it was done before
+        assert "700" in argv
+        return
+    assert status == 130
+    ok, failed, outstanding = summary(sender)
+    assert ok + failed + outstanding == int(argv[1]) and outstanding
+    shown = [row for row in sender.screen() if row == '"fine"' or re.fullmatch(
+        "[0-9a-f-]{36}", row)]
+    assert len(shown) == ok
+    assert sender.output.count(b"ValueError: a seventh") == failed
+
+
+def test_ctrl_c_at_any_moment(served):
+    for n in range(16):
+        sender = Terminal(served.config, "uneven", served.path, "--count", "5000")
+        with pytest.raises(AssertionError):
+            sender.read(b"never", timeout=0.1 + n * 0.06)
+        sender.press(b"\x03")
+        # Python itself tells of a Ctrl-C while it starts, when no line of ours has run.
+        try:
+            assert sender.end() in (130, -signal.SIGINT), sender.output
+        except AssertionError:
+            assert n < 3, sender.output
+
+
+def test_ctrl_c_while_a_single_answer_is_awaited(served):
+    sender = Terminal(served.config, "uneven", served.path, "30")
+    wait_until(lambda: served.count(served.queue) == 0)
+    with pytest.raises(AssertionError):
+        sender.read(b"never", timeout=1)
+    sender.press(b"\x03")
+    assert sender.end() == 130 and sender.output == b"^C"
+
+
+def test_a_second_ctrl_c_ends_it_wherever_it_hangs(served):
+    # Nobody reads the pipe, so that it hangs in a print.
+    ours, theirs = os.pipe()
+    sender = subprocess.Popen(
+        **{**program(served.config, "olive_utils.py", "uneven", "/dev/null", "--count",
+                     "20000", "--no-wait"), "stdout": theirs}, stderr=subprocess.DEVNULL)
+    os.close(theirs)
+    try:
+        wait_until(lambda: _is_full(ours))
+        sender.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            sender.wait(1)
+        sender.send_signal(signal.SIGINT)
+        assert sender.wait(10) == -signal.SIGINT
+    finally:
+        sender.kill()
+        sender.wait()
+        os.close(ours)
+
+
+def _is_full(fd):
+    waiting = struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, b"\0" * 4))[0]
+    return waiting > 65_000
+
+
+@pytest.mark.parametrize("said", [b"add(2, 3)", b"fib(20)", b"fail("])
+def test_ctrl_c_in_the_demo(client, said):
+    demo = Terminal(client.config, "--demo", script="olive_app.py")
+    demo.read(said)
+    demo.press(b"\x03")
+    assert demo.end() in (0, 130, -signal.SIGINT)
+    assert b"UNEXPECTED" not in demo.output and b"Crash" not in demo.output
+
+
+# -- the dead queue --------------------------------------------------------------------
+
+TRACE = 'Traceback (most recent call last):\n  File "a.py", line 3, in f\nE: \x1b[2J'
+
+
+@pytest.fixture
+def dead(client):
+    """A client with a dead queue and a function that puts a letter into it."""
+    client.channel.exchange_declare(client.exchange, "direct", auto_delete=True)
+    client.channel.queue_declare(client.queue)
+    client.channel.queue_bind(client.queue, client.exchange, "Olive.k")
+    client.channel.queue_declare(client.dead_queue)
+
+    def put(task="shop.resize", ident=None, error="ValueError: wrong",
+            when="2026-07-01T08:00:01+00:00", **headers):
+        ident = ident or str(uuid.uuid4())
+        client.channel.basic_publish("", client.dead_queue, b'[["a", 1], {"k": 2}, {}]',
+                                     pika.BasicProperties(headers={
+                "task": task, "id": ident, "x-olive-reason": "failed", "x-olive-error":
+                error, "x-olive-traceback": TRACE, **headers,
+                **({"x-olive-when": when} if when else {})}))
+        return ident
+
+    client.put = put
+    return client
+
+
+@pytest.mark.parametrize("columns", [160, 80, 40])
+def test_the_dead_queue_is_a_table_on_a_terminal(dead, columns):
+    idents = [dead.put(), dead.put("evil\x1b[2J\x07\u202e", when=None),
+              dead.put(error="OSError: " + "a long story " * 30 + "\x9b2J\nforged"),
+              dead.put("a." * 200), dead.put(ident="\x1b]0;x\x07")]
+    sender = Terminal(dead.config, "--dead", columns=columns)
+    assert sender.end() == 0
+    rows = sender.screen(must_fit=True)
+    assert rows[0].split()[:2] == ["WHEN", "REASON"] and rows[-2:] == ["5 dead", ""]
+    text = "\n".join(rows)
+    for ident in idents[:4]:
+        assert ident in text
+    assert r"evil\x1b[2J\x07\u202e" in text and r"\x1b]0;x\x07" in text
+    assert "\nforged" not in text and "2026-07-01T08:00:01+00:00  failed" in text
+    # Each cell stands under its title, wherever the rows are broken.
+    first = rows.index(next(row for row in rows if "shop.resize" in row))
+    assert rows[first].index("shop.resize") == rows[
+        next(n for n, row in enumerate(rows) if "TASK" in row)].index("TASK")
+    assert len(rows) <= 5 * (2 if columns == 160 else 5 if columns == 80 else 8) + 8
+
+
+def test_the_dead_queue_is_json_elsewhere(dead):
+    ident, old = dead.put(), dead.put(when=None)
+    sent = send(dead.config, "--dead")
+    assert (sent.returncode, sent.stderr) == (0, "2 dead\n")
+    first, second = map(json.loads, sent.stdout.splitlines())
+    assert first == {"task": "shop.resize", "id": ident, "reason": "failed", "error":
+                     "ValueError: wrong", "when": "2026-07-01T08:00:01+00:00",
+                     "body": '[["a", 1], {"k": 2}, {}]'}
+    assert second == {**first, "id": old, "when": None}
+
+
+def test_one_dead_message_is_shown_in_full(dead):
+    dead.put()
+    ident = dead.put("evil\x1b[2J\x9b", retries=3)
+    sender = Terminal(dead.config, "--dead", ident)
+    assert sender.end() == 0
+    rows = sender.screen()
+    text = "\n".join(rows)
+    assert '[["a", 1], {"k": 2}, {}]' in rows and '"retries": 3' in text
+    assert '  File "a.py", line 3, in f' in rows and r"E: \x1b[2J" in rows
+    assert "shop" not in text and text.count("File") == 1
+    sent = send(dead.config, "--dead", ident)
+    letter = json.loads(sent.stdout)
+    assert (sent.returncode, sent.stderr) == (0, "")
+    assert letter["headers"]["x-olive-traceback"] == TRACE
+    assert letter["headers"]["retries"] == 3 and letter["id"] == ident
+    assert json.loads(letter["body"]) == [["a", 1], {"k": 2}, {}]
+
+
+def test_one_dead_message_is_replayed(dead):
+    idents = [dead.put() for _ in range(3)]
+    sent = send(dead.config, "--replay", idents[1])
+    assert (sent.returncode, sent.stdout) == (0, "")
+    assert sent.stderr == "1 sent back to work\n"
+    properties, _ = dead.get(dead.queue)
+    assert properties.headers["id"] == idents[1]
+    assert not [name for name in properties.headers if name.startswith("x-olive")]
+    wait_until(lambda: dead.count(dead.dead_queue) == 2)
+    for option in "--dead", "--replay":
+        sent = send(dead.config, option, idents[1])
+        assert (sent.returncode, sent.stdout) == (1, "")
+        assert sent.stderr == f"no message in {dead.dead_queue} has the id " \
+            f"{idents[1]!r}\n"
+    assert dead.count(dead.queue) == 0
+    wait_until(lambda: dead.count(dead.dead_queue) == 2)
+
+
+def test_an_empty_dead_queue(dead):
+    sent = send(dead.config, "--dead")
+    assert (sent.returncode, sent.stdout) == (0, "")
+    assert sent.stderr == f"{dead.dead_queue} is empty\n"
+    sender = Terminal(dead.config, "--dead")
+    assert sender.end() == 0 and sender.screen() == [f"{dead.dead_queue} is empty", ""]
+
+
+@pytest.mark.parametrize("argv", [
+    ["--dead", "add", "2"], ["add", "--dead"], ["--dead", "--replay"], ["--dead", ""],
+    ["--replay", ""], ["--replay="], ["--replay", "x", "--dead", "x"]], ids=repr)
+def test_usage_of_the_dead_queue(argv, capsys, monkeypatch):
+    monkeypatch.setenv("OLIVE_URL", "amqp://127.0.0.1:1")
+    with pytest.raises(SystemExit) as caught:
+        olive_utils.main(argv)
+    out, err = capsys.readouterr()
+    assert caught.value.code == 2 and out == ""
+    assert "stand alone: they take an ID, and no TASK" in err or "is empty" in err
+
+
+# =====================================================================================
+# What the app shows
+# =====================================================================================
+
+SEEN_TASKS = """
+import asyncio, logging, os, time
+import sweepea
+
+@task
+def threaded(seconds=0.01): time.sleep(seconds)
+
+@task(worker="process")
+def processed(seconds=0.01): time.sleep(seconds)
+
+@task
+async def coroutine(seconds=0.01): await sweepea.sleep(seconds)
+
+@task(retries=1, retry_delay=0.1)
+def fails(): raise ValueError("not today")
+
+@task(timeout=0.3)
+def slow(): time.sleep(1)
+"""
+
+
+# =====================================================================================
+# The timeline
+# =====================================================================================
+
+# What the Trace Event Format wants of each kind of record beside the fields of all.
+COMMON = {"name", "ph", "pid", "tid", "ts"}
+FIELDS = {"M": {"args"}, "X": {"dur", "args"}, "C": {"args"}, "i": {"s"}}
+
+
+def read_trace(path):
+    """Read a timeline, check each of its records, and return them."""
+    text = path.read_text()
+    records = json.loads(text)
+    assert isinstance(records, list)
+    for record in records:
+        must = COMMON | FIELDS[record["ph"]]
+        assert must <= record.keys() <= must | {"args"}
+        assert isinstance(record["name"], str) and record["name"]
+        for field in {"pid", "tid", "ts", "dur"} & record.keys():
+            assert type(record[field]) is int and record[field] >= 0
+        assert max(record["pid"], record["tid"]) < 2 ** 32      # Perfetto has 32 bits
+        assert isinstance(record.get("args", {}), dict)
+    assert len({record["pid"] for record in records}) == 1
+    # Metadata: one name for the process, one for each track.
+    names = [(r["name"], r["tid"], r["args"]["name"])
+             for r in records if r["ph"] == "M"]
+    assert names[0] == ("process_name", 0, "olive")
+    tracks = {tid: name for kind, tid, name in names[1:]}
+    assert len(tracks) == len(set(tracks.values())) == len(names) - 1
+    assert {kind for kind, *_ in names[1:]} <= {"thread_name"} and 0 not in tracks
+    # Slices: each on a track with a name, none over another.
+    slices = [r for r in records if r["ph"] == "X"]
+    for tid in {r["tid"] for r in slices}:
+        assert tid in tracks
+        spans = sorted((r["ts"], r["ts"] + r["dur"]) for r in slices if r["tid"] == tid)
+        assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:])), tid
+    for r in slices:
+        assert r["args"].keys() == {"id", "outcome", "queued"}
+    for r in records:
+        if r["ph"] == "C":      # a counter's values are numbers
+            assert r["name"] == "in hand" and r["args"].keys() == {"messages"}
+            assert type(r["args"]["messages"]) is int and r["args"]["messages"] >= 0
+        if r["ph"] == "i":
+            assert r["s"] == "p" and r["name"] in ("retry", "reconnect")
+    return records, tracks
+
+
+def test_the_timeline_of_a_run(vhost, broker, tmp_path):
+    client, path = Client(vhost, "t"), tmp_path / "trace.json"
+    environ = {**client.config, **tasks_module(tmp_path, SEEN_TASKS), "OLIVE_PROCESSES": "2",
+               "OLIVE_THREADS": "3", "OLIVE_TRACE": str(path),
+               "OLIVE_LOG_LEVEL": "DEBUG", "OLIVE_GRACE": "0.5"}
+    with running(environ) as app:
+        began = datetime.now(timezone.utc)
+        kinds = ["threaded", "processed", "coroutine"]
+        sent = {client.send(kind, (0.01 * (i % 5),), **{
+            "x-olive-sent": (began - timedelta(seconds=60)).isoformat()}): kind
+            for i in range(20) for kind in kinds}
+        odd = client.send("threaded", (), **{"x-olive-sent": "yesterday"})
+        app.wait_for("done in ", count=61)
+        fails, slow = client.send("fails", ()), client.send("slow", ())
+        app.wait_for("is dead", count=2)
+        broker.ctl("close_all_connections", "--vhost", vhost.rpartition("/")[2], "test")
+        app.wait_for("reconnected to")
+        client.connect()
+        hangs = client.send("coroutine", (3600,))
+        wait_until(lambda: client.count(client.queue) == 0)
+        app.signal()
+        assert app.wait() == 0 and "given back, as it did not" in app.log, app.log
+    records, tracks = read_trace(path)
+    slices = {(r["args"]["id"], r["args"]["outcome"]): r for r in records
+              if r["ph"] == "X"}
+    on = {kind: {tracks[slices[i, "done"]["tid"]] for i in sent if sent[i] == kind}
+          for kind in kinds}
+    assert all(re.fullmatch(r"thread \d+", name) for name in on["threaded"])
+    assert all(re.fullmatch(r"process \d+", name) for name in on["processed"])
+    assert all(re.fullmatch(r"kernel( \d+)?", name) for name in on["coroutine"])
+    assert len(on["threaded"]) == 3 and len(on["processed"]) == 2
+    assert "kernel" in on["coroutine"] and len(on["coroutine"]) > 1
+    for ident, kind in sent.items():
+        record = slices[ident, "done"]
+        assert record["name"] == kind
+        assert 59.9 < record["args"]["queued"] < 90, record
+    assert slices[odd, "done"]["args"]["queued"] is None
+    assert (fails, "failed") in slices and (slow, "timeout") in slices
+    assert slices[hangs, "given back"]["dur"] > 400_000
+    assert len([r for r in records if r["ph"] == "X"]) == len(sent) + 5
+    moments = [(r["name"], r.get("args")) for r in records if r["ph"] == "i"]
+    assert moments == [("retry", {"task": "fails", "id": fails}), ("reconnect", None)]
+    counts = [r["args"]["messages"] for r in records if r["ph"] == "C"]
+    assert max(counts) > 1
+    client.close()
+
+
+def test_the_timeline_can_be_read_after_a_kill(client, tmp_path):
+    path = tmp_path / "trace.json"
+    with running({**client.config, "OLIVE_TRACE": str(path)}) as app:
+        ident = client.send("add")
+        wait_until(lambda: ident in path.read_text())       # within a second
+        for _ in range(3000):
+            client.channel.basic_publish("", client.queue, b"[[1, 2], {}, null]",
+                                         properties("add", "x"))
+        wait_until(lambda: path.read_text().count('"x"') > 1000)
+        app.process.kill()
+        app.wait()
+    text = path.read_text()
+    assert text.startswith('[{"') and text.endswith("}")     # whole records
+    path.write_text(text + "]")
+    read_trace(path)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full disk")
+def test_a_full_disk_does_not_stop_the_work(client):
+    with running({**client.config, "OLIVE_TRACE": "/dev/full"}) as app:
+        client.send("add")
+        assert client.reply()["result"] == 5
+        app.stop()
+    assert "Traceback" not in app.log
+
+
+# =====================================================================================
+# The table
+# =====================================================================================
+
+def properties(task, ident):
+    return pika.BasicProperties(content_type="application/json", headers={
+        "task": task, "id": ident})
+
+
+def table(app):
+    """Have the app print its table; return (head, rows, end)."""
+    before = len(app.lines)
+    app.process.send_signal(signal.SIGUSR1)
+    wait_until(lambda: any(line.startswith(("connected to", "no connection to"))
+                           for line in app.lines[before:]))
+    lines = [line.rstrip("\n") for line in app.lines[before:]]
+    start = next(i for i, line in enumerate(lines) if line.startswith("task   "))
+    end = next(i for i, line in enumerate(lines) if " in hand; " in line)
+    assert all(len(line) <= 100 for line in lines[start:end + 5])
+    return lines[start], lines[start + 1:end], lines[end:end + 5]
+
+
+def columns(row):
+    task, ident, place, seconds = row[:28], row[30:66], row[68:89], row[91:]
+    assert row[28:30] == row[66:68] == row[89:91] == "  " and seconds.endswith(" s")
+    return task.rstrip(), ident.rstrip(), place.rstrip(), float(seconds[:-2])
+
+
+def test_the_table_names_the_job_that_hangs_and_its_process(client, tmp_path):
+    environ = tasks_module(tmp_path, SEEN_TASKS + """
+@task
+def stopped(path):
+    while not os.path.exists(path): time.sleep(0.01)
+
+@task(worker="process")
+def hangs():
+    open(os.environ["PID"], "w").write(str(os.getpid()))
+    time.sleep(3600)
+""")
+    end = str(tmp_path / "end")
+    environ |= {**client.config, "PID": str(tmp_path / "pid"), "OLIVE_PROCESSES": "1",
+                "OLIVE_THREADS": "20", "OLIVE_PREFETCH": "80", "OLIVE_GRACE": "60"}
+    with running(environ) as app:
+        hanging = client.send("hangs", ())
+        wait_until(lambda: os.path.exists(environ["PID"]) and
+                   (tmp_path / "pid").read_text())
+        threads = [client.send("stopped", (end,)) for _ in range(20)]     # all of them
+        coroutines = [client.send("coroutine", (3600,)) for _ in range(9)]
+        evil = client.send("stopped", (end,), id="\x1b[31m\u202e" + "\n" * 40)
+        waiting = [client.send("stopped", (end,)) for _ in range(49)]
+
+        def shown():
+            found = table(app)
+            return len(found[1]) == 80 and found
+
+        # As if by `systemctl kill -s USR1`, which reaches the workers, too.
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGUSR1)
+        head, rows, end_lines = wait_until(shown)
+        assert head.split() == ["task", "id", "runs", "in,", "or", "waits", "for"]
+        rows = [columns(row) for row in rows]
+        by_place = {}
+        for task, ident, place, seconds in rows:
+            by_place.setdefault(place, []).append((task, ident))
+            assert 0 <= seconds < 60
+        process = f"process {(tmp_path / 'pid').read_text()}"
+        assert set(by_place) == {"coroutine", process, "thread", "waits for a worker"}
+        assert by_place[process] == [("hangs", hanging)]
+        assert set(by_place["coroutine"]) == {("coroutine", i) for i in coroutines}
+        assert len(by_place["thread"]) == 20
+        assert set(by_place["thread"] + by_place["waits for a worker"]) == {
+            ("stopped", i) for i in [*threads, *waiting, repr(evil)[1:37]]}
+        assert evil not in app.log and "\x1b" not in app.log
+        # First what runs, then what waits, and of each the longest first.
+        order = [(place.startswith("waits"), -seconds) for *_, place, seconds in rows]
+        assert order == sorted(order) and rows[0][2] == process
+        assert end_lines[0] == "80 in hand; 0 threads abandoned"
+        assert re.match(r"kernel: 7\d FUTURE_WAIT, ", end_lines[1]), end_lines[1]
+        assert re.match(r"since the start, \d+ s ago: 0 done, 0 failed, 0 retried, "
+                        r"0 dead$", end_lines[2])
+        assert re.match(r"in the last \d+ s: 0.0 done a second", end_lines[3])
+        assert end_lines[4] == f"connected to 127.0.0.1:{client.parameters.port}"
+        app.signal()
+        app.wait_for("stopping: ")
+        # A SIGUSR1 is no second signal to stop. What has begun stays in hand.
+        wait_until(lambda: len(table(app)[1]) == 30)
+        (tmp_path / "end").touch()
+        wait_until(lambda: client.count(client.replies) >= 20)
+        app.signal()                            # but this is one
+        assert app.wait() == 128 + signal.SIGTERM
+
+
+def test_the_table_knows_what_waits_for_the_broker_and_what_was_done(vhost, broker,
+                                                                     tmp_path):
+    client = Client(vhost, "t")
+    environ = tasks_module(tmp_path, SEEN_TASKS)
+    with running({**client.config, **environ, "OLIVE_LOG_LEVEL": "DEBUG"}) as app:
+        for _ in range(3):
+            client.send("threaded", ())
+        client.send("fails", ())
+        app.wait_for("is dead")
+        client.send("threaded", (5,))
+        wait_until(lambda: client.count(client.queue) == 0)
+        *_, end = table(app)
+        assert "3 done, 2 failed, 1 retried, 1 dead" in end[2]
+        rate, = re.findall(r"in the last \d+ s: (\d+\.\d) done a second", end[3])
+        assert float(rate) > 0
+        client.close()
+        broker.ctl("stop_app")
+        try:
+            app.wait_for("done in 5.")
+            _, (row,), end = table(app)
+            task, _, place, _ = columns(row)
+            assert (task, place) == ("threaded", "waits for its message")
+            assert end[-1] == "no connection to the broker"
+        finally:
+            broker.ctl("start_app")
+
+
+# =====================================================================================
+# The log
+# =====================================================================================
+
+LINE = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}Z [A-Z]+ .*\n"
+
+
+def test_the_log_of_a_run(client, tmp_path):
+    environ = {**client.config, "TZ": "Asia/Kolkata", "OLIVE_LOG_LEVEL": "DEBUG",
+               **tasks_module(tmp_path, SEEN_TASKS + """
+@task(worker="process", timeout=60, retries=2)
+def speaks(text): logging.getLogger("shop").warning("%s in %d", text, os.getpid())
+""")}
+    with running(environ) as app:
+        before = datetime.now(timezone.utc).replace(tzinfo=None)
+        client.send("speaks", ("hello",))
+        client.send("threaded", ())
+        client.send("fails", ())
+        client.send("slow", ())
+        app.wait_for("is dead", count=2)
+        app.wait_for("'speaks'")
+        (pid,) = [line.split()[-1] for line in app.lines if "hello in" in line]
+        assert int(pid) in app.children()
+        app.stop()
+    for line in app.lines:
+        assert re.fullmatch(LINE, line), line
+    hello = next(line for line in app.lines if " WARNING hello in " in line)
+    said = datetime.fromisoformat(hello[:23])
+    assert abs(said - before) < timedelta(seconds=60)       # in UTC
+    start = app.lines[0]
+    port = client.parameters.port
+    assert "INFO sweepea 0" in start and f"127.0.0.1:{port}, waiting for" in start
+    assert "guest" not in start and f"tasks in {client.queue} with 20 threads" in start
+    for shown in ("speaks (process, 60 s, retries 2)", "slow (thread, 0.3 s)",
+                  "coroutine (coroutine)", "threaded (thread)"):
+        assert shown in start
+    assert re.search(r" DEBUG 'speaks'\[.*\]: done in \d+\.\d{3} s\n", app.log)
+    assert re.search(r" DEBUG 'slow'\[.*\]: timeout in 0\.3\d\d s\n", app.log)
+    assert re.search(r"abandoned in 'slow'\[.*\], which still runs", app.log)
+    assert app.lines[-1].endswith("stopped: 2 done, 3 failed, 1 retried, 2 dead\n")
+
+
+@pytest.mark.parametrize("config, line", [
+    ("{'version': 1}", LINE),
+    ("""{'version': 1, 'formatters': {'f': {'format': 'MINE %(message)s'}},
+        'handlers': {'h': {'class': 'logging.StreamHandler', 'formatter': 'f'}},
+        'root': {'level': 'ERROR', 'handlers': ['h']}}""", "MINE .*\n")])
+def test_a_module_that_configures_logging_does_not_silence_us(
+        client, tmp_path, config, line):
+    environ = tasks_module(tmp_path, f"import logging.config\n"
+                           f"logging.config.dictConfig({config})\n")
+    with running({**client.config, **environ}) as app:
+        app.stop()
+    assert app.lines[-1].endswith("stopped: 0 done, 0 failed, 0 retried, 0 dead\n")
+    assert all(re.fullmatch(line, said) for said in app.lines), app.log
+
+
+@pytest.mark.parametrize("no_color, is_coloured", [
+    (None, True), ("", True), ("1", False)])
+def test_the_level_is_coloured_on_a_terminal(no_color, is_coloured):
+    ours, theirs = os.openpty()
+    environ = {} if no_color is None else {"NO_COLOR": no_color}
+    app = subprocess.Popen(**program(environ, "olive_app.py"), stderr=theirs)
+    try:
+        text = b""
+        while b"no connection" not in text:
+            text += os.read(ours, 1000)
+        assert (b"Z \x1b[33mWARNING\x1b[0m no connection" in text) == is_coloured
+        assert (b"\x1b" in text) == is_coloured
+    finally:
+        app.terminate()
+        assert app.wait(20) == 0
+        os.close(ours)
+        os.close(theirs)
 
 
 # =====================================================================================
@@ -2768,20 +4118,17 @@ def test_a_stop_when_idle(client, signum):
     with running(client.config) as app:
         app.signal(signum)
         assert app.wait() == 0
-        assert app.log.endswith("stopping: 0 in hand\n") and "add" in app.log
+        assert "stopping: 0 in hand\n" in app.log and "add (thread)" in app.log
 
 
 def test_a_signal_that_was_ignored_at_the_start_stays_ignored(client):
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)        # as nohup does
-    try:
-        app = App(client.config)
-    finally:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    app.wait_for("connected to")
-    app.signal(signal.SIGHUP)
-    client.send("add")
-    assert client.reply()["result"] == 5
-    app.stop()
+    code = ("import signal, olive_app; signal.signal(signal.SIGHUP, signal.SIG_IGN);"
+            "olive_app.main()")                 # as nohup does
+    with running(client.config, code, script="-c") as app:
+        app.signal(signal.SIGHUP)
+        client.send("add")
+        assert client.reply()["result"] == 5
+        app.stop()
 
 
 @pytest.mark.parametrize("name", ["in_thread", "in_process"])
@@ -2845,14 +4192,15 @@ def test_a_broker_that_cannot_be_reached():
         began = time.monotonic()
         app.signal()
         assert app.wait(10) == 0 and time.monotonic() - began < 5
-        assert len(app.lines) == 2 and "secret" not in app.log, app.log
+        assert len(app.lines) == 2 and "refused" in app.lines[0], app.log
+        assert "secret" not in app.log
 
 
 @pytest.mark.parametrize("change", [
     (":guest@", ":secret@"), ("guest:guest@", "nobody:secret@"), ("%2F", "nowhere")])
 def test_a_broker_that_refuses(client, change):
     url = client.config["OLIVE_URL"].replace(*change)
-    app = App({**client.config, "OLIVE_URL": url})
+    app = App({**client.config, "OLIVE_URL": f"{DEAD},{url},{DEAD}"})
     assert app.wait() == 1
     lines = [line for line in app.lines if "the broker refuses us: " in line]
     assert len(lines) == 1 and "check OLIVE_URL" in lines[0]
@@ -2889,13 +4237,15 @@ def test_what_exists_with_other_arguments(vhost):
 
 
 def test_the_port_of_a_broker_of_ones_own_is_in_use():
-    with socket.socket() as sock:
-        with suppress(OSError):     # somebody else has it
-            sock.bind(("127.0.0.1", 5672))
-            sock.listen()
-        # (Nobody answers at the URL; what may answer on 5672 is none of ours.)
-        app = App({"OLIVE_URL": "amqp://127.0.0.1:1"}, "--with-broker")
-        assert app.wait() == 1
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(olive_utils.BrokerError, match=f"port {port} is in use"):
+            with olive_utils.private_broker(port):
+                pass
+    # What may really listen on the port that the app takes is none of ours.
+    code = "import olive_app, olive_utils; olive_utils._is_free = lambda port: False;"
+    app = App({}, code + "olive_app.main()", "--with-broker", script="-c")
+    assert app.wait() == 1
     assert app.log.startswith("olive: port 5672 is in use") and len(app.lines) == 1
 
 
@@ -2940,21 +4290,20 @@ def processed(): ...
 
 
 def test_kill_9_frees_the_messages_though_a_forked_child_lives(client, tmp_path):
-    environ = tasks_module(tmp_path, f"""
+    path = tmp_path / "child"
+    environ = tasks_module(tmp_path, """
 import os, time
 @task
-def fork():
+def fork(path):
     child = os.fork()
-    if not child:
-        time.sleep(60)
-    open("{tmp_path}/new", "w").write(str(child))
-    os.rename("{tmp_path}/new", "{tmp_path}/child")
+    if child:
+        open(path, "w").write(f"{child}.")
     time.sleep(60)
 """)
     with running({**client.config, **environ}) as app:
-        client.send("fork", [])
-        wait_until((tmp_path / "child").exists)
-        child = int((tmp_path / "child").read_text())
+        client.send("fork", [str(path)])
+        wait_until(lambda: path.exists() and path.read_text().endswith("."))
+        child = int(path.read_text()[:-1])
         app.process.kill()
         try:
             wait_until(lambda: client.count(client.queue) == 1, 10)
@@ -2974,9 +4323,9 @@ def test_a_queue_with_priorities_and_a_timeline_of_the_run(client, tmp_path):
         assert [idents[client.reply()["task_id"]] for _ in range(3)] == [9, 5, 0]
         app.stop()
         assert not any(ident in app.log for ident in idents)    # INFO has no such lines
-    events = json.loads(trace.read_text())
-    assert {e["name"] for e in events} == {f"'add'[{ident}]" for ident in idents}
-    assert all(event["ph"] == "X" and event["dur"] >= 0 for event in events)
+    jobs = [event["args"] for event in json.loads(trace.read_text())
+            if event["ph"] == "X"]
+    assert {job["id"]: job["outcome"] for job in jobs} == dict.fromkeys(idents, "done")
 
 
 class FarFuture(datetime):
@@ -3013,11 +4362,6 @@ def tried_again(path):
     raise ValueError("again")
 
 @task
-def aborts(path):
-    open(path, "a").write("x")
-    os._exit(6)
-
-@task
 async def awaited(): return os.getpid()
 """
 
@@ -3050,7 +4394,6 @@ def test_what_came_back_five_times_runs_in_a_process(counting, tmp_path):
     isolated = client.send("threaded", [])
     awaited = client.send("awaited", [])
     client.send("tried_again", [str(path)])
-    client.send("aborts", [str(tmp_path / "aborted")], properties={"reply_to": None})
     client.send("threaded", [], properties=DEADLY)
     come_back(client, 1)
     usual = {client.send("threaded", [])}               # has come back four times
@@ -3061,14 +4404,10 @@ def test_what_came_back_five_times_runs_in_a_process(counting, tmp_path):
                 for reply in (client.reply() for _ in range(5))}
         assert pids[isolated] != app.process.pid == pids[awaited]
         assert all(pids[ident] == app.process.pid for ident in usual)
-        letters = [client.get(client.dead_queue)[0].headers for _ in range(2)]
-        lost, again = sorted(letters, key=lambda headers: headers["task"])
-        assert again["x-olive-reason"] == "failed" and again["retries"] == 1
-        assert lost["x-olive-reason"] == "worker-lost" and "retries" not in lost
-        assert lost["x-olive-isolated"] is again["x-olive-isolated"] is True
+        headers = buried(client, "failed")[1]
+        assert headers["retries"] == 1 and headers["x-olive-isolated"] is True
         tries = path.read_text().split()
         assert len(tries) == 2 and str(app.process.pid) not in tries
-        assert (tmp_path / "aborted").read_text() == "x"    # a killer has one try
         wait_until(lambda: client.count(client.queue) == 0)
         assert "connection lost" not in app.log
 
@@ -3266,11 +4605,13 @@ def fails(i, seconds):
     mark("failed", i)
     raise ValueError("on purpose")
 
-@task(retries=3, retry_delay=0.1)
 def abort(i):
     mark("start", i)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.abort()
+
+task("abort0")(abort)
+task("abort3", retries=3, retry_delay=0.1)(abort)
 
 @task(worker="process")
 def die(i, how):
@@ -3371,18 +4712,16 @@ class Drill:
 
     def finish(self, app, dead=0, replies=0):
         """Wait until all is done and settled; stop the app, check, return the tally."""
-        def complete():
-            assert app.process.poll() is None, app.log
-            return len(set(self.sent) - set(self.marks("done"))) <= dead
-
         def settled():
+            assert app.process.poll() is None, app.log
+            if len(set(self.sent) - set(self.marks("done"))) > dead:
+                return False
             counts = self.counts()
             return (counts[self.replies] >= replies and counts[self.dead] >= dead
                     and counts[self.queue] == 0)
 
         try:
-            wait_until(complete, 30, "all done")
-            wait_until(settled, 40, "all settled")
+            wait_until(settled, 60, "all done and settled")
         except AssertionError as exc:
             raise AssertionError(f"{exc}: {self.tally()} {self.counts()}\n"
                                  f"{app.log[-5000:]}") from None
@@ -3449,20 +4788,6 @@ def test_broker_dies_while_everything_waits(victim, tmp_path, how):
         assert "work-0" in ids and {f"work-e{i}" for i in range(20)} <= ids
 
 
-def test_connections_closed_by_the_broker(victim, tmp_path):
-    drill = Drill(victim.url, tmp_path, "v")
-    drill.send([("work", i, 0.05) for i in range(700)])
-    with running(drill.environ) as app:
-        for n in 1, 2:
-            drill.wait_done(100 * n)
-            victim.ctl("close_all_connections", "a drill")
-            app.wait_for("reconnected", count=n)
-        tally = drill.finish(app, replies=700)
-        # What was in hand goes on, and is not begun again. Only what was acknowledged
-        # in the very moment of the loss is.
-        assert tally["twice"] <= 2 * OliveAppConfig().prefetch / 4, tally
-
-
 def test_a_copy_that_comes_back_is_not_taken_for_its_original(victim):
     client = Client(victim.url, "copy" + uuid.uuid4().hex[:8])
     with running(client.config) as app:
@@ -3505,9 +4830,10 @@ def test_a_task_outlasts_the_consumer_timeout(victim, tmp_path):
 
 # -- a message that takes the app with it ---------------------------------------------
 
-def test_a_message_that_kills_the_app(broker, tmp_path):
+@pytest.mark.parametrize("retries", [0, 3])
+def test_a_message_that_kills_the_app(broker, tmp_path, retries):
     drill = Drill(broker.url, tmp_path)
-    drill.send([("work", i, 0.05) for i in range(10)] + [("abort", "x")]
+    drill.send([("work", i, 0.05) for i in range(10)] + [(f"abort{retries}", "x")]
                + [("work", i, 0.05) for i in range(10, 80)])
     for _ in range(5):
         assert App(drill.environ).wait() == -signal.SIGABRT
@@ -3516,7 +4842,7 @@ def test_a_message_that_kills_the_app(broker, tmp_path):
     headers = drill.letters[0][0].headers
     assert headers["x-olive-reason"] == "worker-lost" and "SIGABRT" in headers[
         "x-olive-error"] and headers["x-olive-isolated"]
-    assert drill.marks("start").count("x") == 5 + 1 + 3     # with all its retries
+    assert drill.marks("start").count("x") == 5 + 1 + retries   # and no try beyond
 
 
 def test_restarts_and_a_stop_of_one_app_of_two(broker, tmp_path):
@@ -3593,14 +4919,12 @@ def test_worker_processes_die_of_everything(broker, tmp_path):
 class Relay:
     """A TCP relay before the broker that can do what networks do.
 
-    delay: seconds that everything is late; chunk: so many bytes at a time; hole: it
-    swallows everything; cut_after: cuts the connection after so many bytes from the
-    broker, wherever that is.
+    hole: it swallows everything; cut_after: it cuts the connection after so many bytes
+    of what the broker sends next.
     """
 
     def __init__(self, port):
-        self.port, self.delay, self.chunk = port, 0, 65536
-        self.hole, self.cut_after, self.connections = False, None, 0
+        self.port, self.hole, self.cut_after = port, False, None
         self.server = socket.create_server(("127.0.0.1", 0))
         self.url = f"amqp://guest:guest@127.0.0.1:{self.server.getsockname()[1]}/%2F"
         self.start(self._accept)
@@ -3612,38 +4936,19 @@ class Relay:
         with suppress(OSError):
             while True:
                 client, _ = self.server.accept()
-                self.connections += 1
                 there = socket.create_connection(("127.0.0.1", self.port))
-                for sock in client, there:
-                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self.start(self._pump, client, there, False)
                 self.start(self._pump, there, client, True)
 
-    def _deliver(self, target, late):
-        with suppress(OSError):
-            while (item := late.get()) is not None:
-                due, data = item
-                time.sleep(max(0, due - time.monotonic()))
-                chunk = self.chunk      # (it may be changed meanwhile)
-                for at in range(0, len(data), chunk):
-                    target.sendall(data[at:at + chunk])
-
     def _pump(self, source, target, from_broker):
-        late = sweepea.queue.SimpleQueue()
-        self.start(self._deliver, target, late)
         with suppress(OSError):
             while data := source.recv(65536):
-                if self.hole:
-                    continue
-                cut = self.cut_after if from_broker else None
-                late.put((time.monotonic() + self.delay, data[:cut]))
-                if cut is not None:
-                    self.cut_after = cut - len(data)
-                    if self.cut_after < 0:
-                        self.cut_after = None
-                        break
-        late.put((0, b""))
-        late.put(None)
+                if from_broker and self.cut_after:
+                    target.sendall(data[:self.cut_after])
+                    self.cut_after = None
+                    break
+                if not self.hole:
+                    target.sendall(data)
         for sock in source, target:
             with suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
@@ -3656,30 +4961,22 @@ def relay(broker):
     relay.server.close()
 
 
-def test_cut_in_the_middle_of_a_frame(broker, relay, tmp_path):
-    drill = Drill(broker.url, tmp_path, OLIVE_URL=relay.url)
-    drill.send([("work", i, 0.01) for i in range(800)])
-    with running(drill.environ) as app:
-        for n, odd in enumerate((1, 4_003, 2_027), 1):
-            drill.wait_done(100 * n)
-            relay.cut_after = odd
-            app.wait_for("reconnected", count=n)
-        tally = drill.finish(app, replies=800)
-    # What was acknowledged just then is done again, a window at most each time.
-    assert tally["twice"] <= 3 * OliveAppConfig().prefetch, tally
-
-
-@pytest.mark.parametrize("how", ["a black hole", "a frozen broker"])
-def test_silence(victim, tmp_path, how):
+@pytest.mark.parametrize("how, twice", [
+    # What was in hand goes on and is not begun again. Only what was acknowledged in the
+    # very moment of the loss is, or into the silence: a window at most.
+    ("closed", 0.25), ("cut in a frame", 1), ("a black hole", 1), ("frozen", 1)])
+def test_a_connection_is_lost(victim, tmp_path, how, twice):
     relay = Relay(victim.port)
     drill = Drill(victim.url, tmp_path, "v", OLIVE_URL=relay.url + "?heartbeat=1")
-    drill.send([("work", i, 0.02) for i in range(600)])
+    drill.send([("work", i, 0.05) for i in range(600)])
     with running(drill.environ) as app:
         drill.wait_done(101)
-        if how == "a black hole":
-            relay.hole = True
-        else:
+        if how == "closed":
+            victim.ctl("close_all_connections", "a drill")
+        elif how == "frozen":
             victim.process.send_signal(signal.SIGSTOP)
+        relay.cut_after = 1 if how.startswith("cut") else None
+        relay.hole = how == "a black hole"
         try:
             app.wait_for("connection lost")
         finally:
@@ -3688,20 +4985,7 @@ def test_silence(victim, tmp_path, how):
         app.wait_for("reconnected")
         tally = drill.finish(app, replies=500)
     relay.server.close()
-    # What was acknowledged into the silence is done again, a window at most.
-    assert tally["twice"] <= OliveAppConfig().prefetch, tally
-
-
-def test_slow_and_in_single_bytes(broker, relay, tmp_path):
-    drill = Drill(broker.url, tmp_path, OLIVE_URL=relay.url)
-    drill.send([("work", i) for i in range(100)])
-    relay.chunk = 1
-    with running(drill.environ) as app:
-        wait_until(lambda: len(set(drill.marks("done"))) == 100)
-        relay.chunk, relay.delay = 65536, 0.5
-        drill.send([("work", f"late{i}") for i in range(200)])
-        tally = drill.finish(app, replies=300)
-    assert tally["twice"] == 0 and relay.connections == 1
+    assert tally["twice"] <= twice * OliveAppConfig().prefetch, tally
 
 
 # -- topology -------------------------------------------------------------------------
@@ -3741,10 +5025,7 @@ def test_poison_of_every_kind(live):
             "root_id", "parent_id", "x-olive-isolated", "x-death":
         cases += [(good, {name: value}) for value in odd
                   if not (name == "eta" and str(value).startswith("9999"))]
-    cases += [(good, {"task": name}) for name in (
-        "os.system", "__import__", "a" * 5000, "celery.chord", "a\nFORGED line")]
-    cases += [(good, {"task": "nobody", "filler": "x" * size})
-              for size in (100_000, 129_000, 130_600)]
+    cases += [(good, {"task": name}) for name in ("os.system", "a" * 5000)]
     cases += [(good, {f"h{n}": "x" * 60 for n in range(1800)} | {"task": "nobody"})]
     for _ in range(400):
         body = bytearray(good)
@@ -3757,12 +5038,10 @@ def test_poison_of_every_kind(live):
     for body, headers in cases:
         live.send(**{"task": "echo", **headers}, body=body,
                   properties={"correlation_id": "poison"})
-    statuses = [live.reply()["status"] for _ in cases]
-    failed = statuses.count("FAILURE")
+    failed = [live.reply()["status"] for _ in cases].count("FAILURE")
     assert failed > 300
     for _ in range(failed):
         live.get(live.dead_queue)
-    assert "\nFORGED" not in live.app.log
 
 
 # -- the heart beats ------------------------------------------------------------------
@@ -3781,10 +5060,20 @@ def test_a_long_task_starves_no_heartbeat(victim, tmp_path):
 # -- back-pressure --------------------------------------------------------------------
 
 @contextmanager
-def memory_alarm(victim, app, count=1):
-    """Make the broker block its publishers until the end of the block."""
+def memory_alarm(victim, app, drill, count=1):
+    """Make the broker block its publishers until the end of the block.
+
+    It blocks whoever publishes. So jobs that have begun before it reply after it.
+    """
+    def begun():
+        return sum(i.startswith(f"a{count}.") for i in drill.marks("start")) > 10
+
+    Path(drill.go).unlink(missing_ok=True)
+    drill.send([("work", f"a{count}.{i}", drill.go) for i in range(40)])
+    wait_until(begun)
     victim.ctl("set_vm_memory_high_watermark", "absolute", "1MB")
     try:
+        Path(drill.go).touch()
         app.wait_for("the broker has blocked the connection", count=count)
         yield
     finally:
@@ -3794,35 +5083,38 @@ def memory_alarm(victim, app, count=1):
 
 def test_a_memory_alarm(victim, tmp_path):
     drill = Drill(victim.url, tmp_path, "v", OLIVE_GRACE="2", OLIVE_PREFETCH="20")
-    drill.send([("work", i, 0.2) for i in range(500)])
+    go = tmp_path / "fail"
+    drill.send([("no_such_task", "u"), ("fails", "f", str(go))])
     with running(drill.environ) as app:
-        drill.wait_done(1)
-        with memory_alarm(victim, app):
+        app.wait_for("is dead")         # so there is a channel for dead letters
+        with memory_alarm(victim, app, drill):
+            go.touch()
             sender = send(drill.environ, "work", "s", "--timeout", "1")
             assert sender.returncode == 3, sender.stderr
-            done = len(drill.marks("done"))
-        app.wait_for("lifted the block")
-        drill.wait_done(done + 21)      # by itself
-        with memory_alarm(victim, app, 2):
+        app.wait_for("is dead", count=2)
+        drill.wait_done(40)             # by itself
+        with memory_alarm(victim, app, drill, 2):
             began = time.monotonic()
             app.signal()
             assert app.wait() == 0 and time.monotonic() - began < 6
     with running(drill.environ) as app:
-        drill.finish(app)
+        drill.finish(app, dead=2)
 
 
 def test_the_broker_dies_while_it_blocks(victim, tmp_path):
-    drill = Drill(victim.url, tmp_path, "v")
-    drill.send([("fails", "f", drill.go)] + [("work", i, 0.2) for i in range(200)])
+    drill = Drill(victim.url, tmp_path, "v", OLIVE_LOG_LEVEL="DEBUG")
+    go = tmp_path / "fail"
+    drill.send([("no_such_task", "u"), ("fails", "f", str(go))])
     with running(drill.environ) as app:
-        drill.wait_done(1)
-        with memory_alarm(victim, app):
-            open(drill.go, "w").close()
+        app.wait_for("is dead")         # so there is a channel for dead letters
+        with memory_alarm(victim, app, drill):
+            go.touch()
             # its dead letter waits now for the block to be lifted, which never happens
-            wait_until(lambda: drill.marks("failed"))
+            app.wait_for("'fails'[fails-f]: failed")
             victim.kill()
         victim.start()
-        drill.finish(app, dead=1)
+        app.wait_for("is dead", count=2)
+        drill.finish(app, dead=2)
 
 
 # -- stopping -------------------------------------------------------------------------
@@ -3853,8 +5145,11 @@ def test_dead_and_replay(broker, tmp_path):
         "x-olive-isolated": True, "x-olive-reason": "returned",
         "x-olive-error": "E: e", "x-olive-traceback": "t" * 5000})
     listed = send(drill.environ, "--dead")
+    assert (listed.returncode, listed.stderr) == (0, f"{n} dead\n")
     lines = [json.loads(line) for line in listed.stdout.splitlines()]
-    assert len({line["id"] for line in lines}) == n and listed.returncode == 0
+    assert len({line["id"] for line in lines}) == n
+    assert {"task": "work", "id": "work-0", "reason": "returned", "error": "E: e",
+            "body": "[[0], {}, {}]"} in lines
     wait_until(lambda: drill.counts()[drill.dead] == n, 5, "only shown")
     replay = App(drill.environ, "--replay", script="olive_utils.py")
     wait_until(lambda: drill.counts()[drill.queue] > n // 10)
@@ -3863,7 +5158,10 @@ def test_dead_and_replay(broker, tmp_path):
     at_queue, at_dead = drill.counts()[drill.queue], wait_until(
         lambda: drill.counts()[drill.dead], 5)
     assert at_queue + at_dead >= n
-    assert send(drill.environ, "--replay").returncode == 0
+    for count in r"\d+", "0":
+        sent = send(drill.environ, "--replay")
+        assert (sent.returncode, sent.stdout) == (0, "")
+        assert re.fullmatch(f"{count} sent back to work\n", sent.stderr)
     assert drill.counts()[drill.dead] == 0
     with drill.channel() as channel:
         _, properties, _ = channel.basic_get(drill.queue)
@@ -3877,28 +5175,21 @@ def test_dead_and_replay(broker, tmp_path):
 # -- TLS ------------------------------------------------------------------------------
 
 def test_tls(tmp_path):
-    def openssl(*args):
-        subprocess.run(["openssl", *args], cwd=tmp_path, check=True,
-                       capture_output=True)
-
     # Two authorities, and a certificate of the first for localhost alone.
-    for name in "ca", "other":
-        openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
-                "-keyout", f"{name}.key", "-out", f"{name}.pem", "-subj", f"/CN={name}",
-                # Python 3.13 takes no authority that does not say what it is for.
-                "-addext", "keyUsage=critical,keyCertSign,cRLSign")
-    openssl("req", "-newkey", "rsa:2048", "-nodes", "-keyout", "server.key", "-out",
-            "server.csr", "-subj", "/CN=localhost")
-    (tmp_path / "san").write_text("subjectAltName=DNS:localhost\n"
-                                  "authorityKeyIdentifier=keyid\n")
-    openssl("x509", "-req", "-in", "server.csr", "-CA", "ca.pem", "-CAkey", "ca.key",
-            "-CAcreateserial", "-days", "2", "-extfile", "san", "-out", "server.pem")
+    authority = ["-addext", "keyUsage=critical,keyCertSign,cRLSign"]
+    for name, options in {"ca": authority, "other": authority, "localhost": [
+            "-CA", "ca.pem", "-CAkey", "ca.key", "-addext", "basicConstraints=CA:FALSE",
+            "-addext", "subjectAltName=DNS:localhost"]}.items():
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes",
+                        "-days", "2", "-keyout", f"{name}.key", "-out", f"{name}.pem",
+                        "-subj", f"/CN={name}", *options],
+                       cwd=tmp_path, check=True, capture_output=True)
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     config = (f"listeners.ssl.1 = 127.0.0.1:{port}\n"
               f"ssl_options.cacertfile = {tmp_path}/ca.pem\n"
-              f"ssl_options.certfile = {tmp_path}/server.pem\n"
-              f"ssl_options.keyfile = {tmp_path}/server.key\n"
+              f"ssl_options.certfile = {tmp_path}/localhost.pem\n"
+              f"ssl_options.keyfile = {tmp_path}/localhost.key\n"
               "ssl_options.verify = verify_none\n")
     with olive_utils.private_broker(config=config) as broker:
         drill = Drill(broker.url, tmp_path)
