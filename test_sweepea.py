@@ -2907,6 +2907,47 @@ def test_a_task_may_know_its_job(name, live):
     assert live.reply()["result"] == ["my-id", name, 0, None]
 
 
+def code_blocks(name):
+    """The blocks of Python in a text of ours."""
+    return re.findall(r"```python\n(.*?)```", (HERE / name).read_text(), re.S)
+
+
+def test_the_readme_does_what_it_says(client, tmp_path):
+    tasks, calls = code_blocks("README.md")
+    (tmp_path / "mytasks.py").write_text(tasks)
+    config = {**client.config, "OLIVE_TASKS": "mytasks",
+              "PYTHONPATH": f"{tmp_path}:{HOUSE}"}
+    with running(config) as app:
+        sent = send(config, "report", '["Paris", "Rome"]')
+        assert sent.stdout == '["fine in Paris", "fine in Rome"]\n'
+        done = python(config, "-c", re.sub("^call_task(.*?\\))(?= )", r"print(call_task\1)",
+                                           calls, flags=re.M))
+        assert (done.stdout, done.stderr) == ("['fine in Paris', 'fine in Rome']\n", "")
+        app.stop()
+
+
+def test_the_recipes_work(client, tmp_path):
+    program, = code_blocks("WALKTHROUGH.md")
+    (tmp_path / "recipes.py").write_text(program.replace("sleep(60)", "sleep(0.1)").replace(
+        "return f", "open('fetched', 'a').write(f'{url}\\n'); time.sleep(0.2)\n    return f"
+        ).replace("import sweepea\n", "import sweepea, time\n"))
+    fetched = HOUSE / "fetched"
+    fetched.unlink(missing_ok=True)
+    with running(client.config, script=tmp_path / "recipes.py") as app:
+        wait_until(lambda: fetched.exists() and fetched.read_text().count("org") >= 3)
+        for n in range(6):
+            client.send("politely", [n])
+        assert {client.reply()["result"] for _ in range(6)} == {
+            f"the page {n}" for n in range(6)}
+        for _ in range(3):
+            client.send("rebuild", ["it"])
+        assert sorted(client.reply()["result"] for _ in range(3)) == [
+            "is under way already"] * 2 + ["the page it"]
+        client.send("compare", [["a", "bbb", "cc"]])
+        assert client.reply()["result"] == "the page bbb"
+        app.stop()
+
+
 # -- values that JSON does not have ----------------------------------------------------
 
 VALUES = [
