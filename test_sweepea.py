@@ -2926,8 +2926,18 @@ def test_the_readme_does_what_it_says(client, tmp_path):
         app.stop()
 
 
+def test_the_strace_of_the_walkthrough_prints_what_it_says(tmp_path):
+    (tmp_path / "strace.py").write_text(code_blocks("WALKTHROUGH.md")[0])
+    shown = re.search(r"in front:\n\n```\n(.*?)```", (HERE / "WALKTHROUGH.md").read_text(),
+                      re.S)[1]
+    printed = python({}, tmp_path / "strace.py").stdout
+    # (the times, which are the first word of a line, differ)
+    words = [re.sub(r"^[\d.]+ ", "", text, flags=re.M) for text in (shown, printed)]
+    assert words[0] == words[1] and printed.count("trap_") > 10
+
+
 def test_the_recipes_work(client, tmp_path):
-    program, = code_blocks("WALKTHROUGH.md")
+    program = code_blocks("WALKTHROUGH.md")[-1]
     (tmp_path / "recipes.py").write_text(program.replace("sleep(60)", "sleep(0.1)").replace(
         "return f", "open('fetched', 'a').write(f'{url}\\n'); time.sleep(0.2)\n    return f"
         ).replace("import sweepea\n", "import sweepea, time\n"))
