@@ -891,7 +891,8 @@ class Kernel:
         if not task.cancelled and not task.terminated:
             if not isinstance(exc, BaseException):
                 exc = exc(exc.__name__ if val is None else val)
-            # The deadline that is in force does not matter any more.
+            # The task is on its way out, and no deadline shall cut its clean-up short,
+            # unless the task leaves a block on the way: then the one outside counts.
             task.cancelled, task.timeout = True, None
             self._interrupt(task, exc)
 
@@ -1197,9 +1198,8 @@ os.register_at_fork(before=_before_fork, after_in_parent=_after_fork,
 #     delivery tag   the number of a delivery on its channel: 1, 2, 3 ...
 #     acknowledge    tell the broker by its tag that a message may be forgotten; until
 #                    then the broker holds the message for us. To nack is to give back.
-#     settle         acknowledge a delivery, or nack it
-#     prefetch       how many deliveries that are not settled a consumer may have at
-#                    once: its window
+#     in hand        delivered, and neither acknowledged nor given back
+#     prefetch       how many messages a consumer may have in hand at once: its window
 #     confirm        the broker's acknowledgement of what we publish
 #     mandatory      what no queue takes is returned to us, and not dropped in silence
 #
@@ -1207,7 +1207,7 @@ os.register_at_fork(before=_before_fork, after_in_parent=_after_fork,
 #
 #     where the message is        who holds it          if we die now
 #     on its way to us            the broker            nothing happened yet
-#     delivered, not settled      the broker, for us    somebody else gets it
+#     in hand                     the broker, for us    somebody else gets it
 #     acknowledged                nobody                its work was done before that
 #     being published             whoever awaits        it may be there, or not
 #     published and confirmed     the broker            it is safe with the broker
@@ -1386,7 +1386,7 @@ class Channel(_Closable):
         # By number, in order: the future of the confirm, and the content (exchange,
         # routing key, correlation id, body) by which a returned message is known.
         self._unconfirmed: dict[int, tuple[Future, tuple]] = {}
-        self._unsettled: dict[int, None] = {}           # delivery tags, in order
+        self._in_hand: dict[int, None] = {}           # delivery tags, in order
         self._acknowledged: set[int] = set()            # said, but not sent yet
 
     async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
@@ -1450,17 +1450,17 @@ class Channel(_Closable):
     #     acknowledged   x  x  x     x     x       one for 3 and before, one each for
     #                             ^                5 and 7, since 4 is still worked on
     #
-    # For that the channel must know every delivery that is not settled, or `multiple`
+    # For that the channel must know every delivery that is in hand, or `multiple`
     # would take messages along that nobody has acknowledged; hence `_noting`. A reply
     # that is written in the same turn still goes out before the acknowledgement.
     #
-    # A message can be settled only on the channel that delivered it. Once that is gone,
-    # the broker has taken the message back, so there is nothing left to say.
+    # A message can be acknowledged only on the channel that delivered it. Once that is
+    # gone, the broker has taken the message back, so there is nothing left to say.
 
     def _noting(self, queue, on_message_callback, auto_ack=False, **kwargs):
         def on_message(channel, method, properties, body) -> None:
             if not auto_ack:
-                self._unsettled[method.delivery_tag] = None
+                self._in_hand[method.delivery_tag] = None
             on_message_callback(channel, method, properties, body)
 
         return (queue, on_message, auto_ack), kwargs
@@ -1473,7 +1473,7 @@ class Channel(_Closable):
 
     def basic_nack(self, delivery_tag: int) -> None:
         """Give a message back to its queue."""
-        self._unsettled.pop(delivery_tag, None)
+        self._in_hand.pop(delivery_tag, None)
         if self.closed is None and self.pika.is_open:
             self.pika.basic_nack(delivery_tag)
 
@@ -1482,8 +1482,8 @@ class Channel(_Closable):
         if self.closed is not None or not self.pika.is_open:
             return
         for tag in tags:
-            self._unsettled.pop(tag, None)
-        oldest = next(iter(self._unsettled), FOREVER)       # of those still worked on
+            self._in_hand.pop(tag, None)
+        oldest = next(iter(self._in_hand), FOREVER)       # of those still worked on
         if below := [tag for tag in tags if tag < oldest]:
             self.pika.basic_ack(max(below), multiple=True)
         for tag in sorted(tags.difference(below)):
@@ -1621,8 +1621,9 @@ def in_worker() -> bool:
 async def run_in_thread(func: Callable, *args: Any) -> Any:
     """Run `func(*args)` in a pool thread; return its result or raise its exception.
 
-    A thread cannot be killed. If the caller is cancelled, the thread is abandoned: it
-    is replaced, and what it brings in the end is thrown away.
+    If the caller is cancelled before the function has begun, the call is taken back.
+    Once it runs, its thread cannot be killed: the thread is abandoned, another one
+    takes its place, and what the function brings in the end is thrown away.
     """
     kernel = await _get_kernel()
     pool = getattr(kernel, "thread_pool", None) or ThreadPool(kernel, THREADS)

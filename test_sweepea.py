@@ -1582,7 +1582,7 @@ async def test_what_somebody_ignores_is_not_acknowledged_by_others(broker):
         await publisher.basic_publish("", automatic, b"x", QUIET)
         await publisher.basic_publish("", queue, b"x", QUIET)
     await until(lambda: len(seen) == 5)
-    await until(lambda: len(channel._unsettled) == 3)
+    await until(lambda: len(channel._in_hand) == 3)
     assert await left_unacknowledged(connection, channel, ignored) == [0, 1, 2]
     assert await length(publisher, queue) == 0
     await connection.close()
