@@ -1368,7 +1368,7 @@ class Connection(_Closable):
             await channel.call("confirm_delivery", channel._on_confirm)
         return channel
 
-    async def close(self, timeout: float = 2.0) -> None:
+    async def close(self, timeout: float = 1.0) -> None:
         """Close the connection; wait `timeout` s at most for the broker's word."""
         self._kernel._end_turn()        # what is acknowledged goes out first
         if not (self.pika.is_closed or self.pika.is_closing):
