@@ -1968,9 +1968,11 @@ class ProcessPool:
         worker = await self._take()
         if begins is not None:
             begins(worker.process.pid)
-        async with ignore_after(limit) as timer:
-            ok, answer = await worker.request(call)
-        if timer.expired:
+        request = worker.request(call)
+        if limit is not None:
+            request = ignore_after(limit, request, timeout_result=(None, None))
+        ok, answer = await request
+        if ok is None:
             raise TimeoutError(f"{limit:g} s")
         self._idle.append(worker)
         if ok:
