@@ -17,13 +17,17 @@ its reply sent, when a copy is confirmed (in the dead queue, or where it waits t
 tried again), or when it has expired. Without the promise a task queue takes a page.
 That page comes first, and what can go wrong after it:
 
+    The app             the plain life of a message; what can go wrong, one by one;
+                        starting, stopping, being seen
+    The log and the     what a person sees of a run
+        timeline
     Tasks               functions that may be called by name
-    The app             the plain life of a message; then each thing that can go wrong
     Running a job       bytes in, bytes out, wherever the job runs
     Calling             who sends the messages, and waits for the replies
     Messages            what their properties say, and how they are published again
     The ladder          messages that wait, inside the broker
     Settings            one table
+    The command         python olive_app.py
 
 What a message asks for is called a job here, since a task is also what the kernel runs.
 
@@ -60,12 +64,13 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
 from datetime import date, datetime, time as time_of_day, timedelta, timezone
 from decimal import Decimal
-from typing import Any, Callable, Iterable, Mapping, NamedTuple
+from typing import Any, Callable, Mapping, NamedTuple
 from urllib.parse import urlsplit
 
 import pika
 from pika.exceptions import (
-    AMQPConnectionError, AMQPError, ChannelClosedByBroker, ConsumerCancelled, NackError)
+    AMQPConnectionError, AMQPError, ChannelClosedByBroker, ChannelWrongStateError,
+    ConsumerCancelled, NackError)
 
 if __package__:         # the files were copied into a package
     from . import sweepea
@@ -79,124 +84,6 @@ log = logging.getLogger("olive")
 
 ISOLATED, BURIED = 5, 15    # times that a message came back: "a message that kills us"
 PATIENCE = 180.0            # seconds that a job waits for its message to come back
-
-
-# =====================================================================================
-# Tasks: functions that may be called by name from the wire, and no others
-#
-# A message names a task; it carries no code, and nothing is ever imported or unpickled
-# because a message says so. What is not in the registry below cannot be called.
-# =====================================================================================
-
-class OliveTask(NamedTuple):
-    """A registered function and how it is to be run."""
-
-    function: Callable
-    worker: str | None      # "thread", "process", or None: the configuration's choice
-    timeout: float | None
-    retries: int
-    retry_delay: float
-
-
-TASKS: dict[str, OliveTask] = {}
-
-
-def task(name=None, worker=None, timeout=None, retries=0, retry_delay=1.0) -> Callable:
-    """Register a function as a task: `@task` or `@task(worker="process", retries=3)`.
-
-    `name` defaults to the function's; a coroutine function runs on the kernel. After
-    `timeout` seconds it has failed: a process is killed, a coroutine is cancelled; a
-    thread cannot be stopped and runs on, perhaps beside its own next try. What has
-    failed is tried again up to `retries` times, after `retry_delay` seconds, then twice
-    that, and so on. Raises ValueError for a name that is taken. The idea of a decorator
-    that is the whole API is Huey's.
-    """
-    if callable(name):      # `@task` without brackets: the function itself came here
-        return task()(name)
-
-    def register(function: Callable) -> Callable:
-        key = name or function.__name__
-        if key in TASKS:
-            raise ValueError(f"there are two tasks of the name {key!r}")
-        TASKS[key] = OliveTask(function, worker, timeout, retries, retry_delay)
-        return function
-
-    if worker not in (None, "thread", "process"):
-        raise ValueError(f"worker must be 'thread' or 'process', not {worker!r}")
-    if not (timeout is None or timeout > 0) or retry_delay < 0 or not (
-            type(retries) is int and retries >= 0):
-        raise ValueError("timeout must be above 0, retries and retry_delay at least 0")
-    return register
-
-
-@functools.cache            # a second registration would be an error
-def demo_tasks() -> None:
-    """Register the five demo tasks; "olive_app" in OLIVE_TASKS stands for these.
-
-    They are registered when they are asked for, and not by the import of this module:
-    a program of one's own must not have a task `add` that it did not write.
-    """
-
-    @task
-    def add(x, y):
-        return x + y
-
-    @task
-    def do_nothing():
-        pass
-
-    @task
-    def sleep_n(seconds):
-        time.sleep(seconds)
-        return seconds
-
-    @task(worker="process")
-    def fib(n):
-        return n if n < 2 else fib(n - 1) + fib(n - 2)
-
-    @task
-    def fail(message):
-        raise RuntimeError(message)
-
-
-def load_tasks(modules: Iterable[str]) -> None:
-    """Import the modules that register tasks.
-
-    Worker processes do so, too, before their first job: each has a registry of its own.
-    What the program itself registers, as `__main__`, multiprocessing has imported then.
-    """
-    for module in modules:
-        if module in ("olive_app", __name__):
-            demo_tasks()
-        elif module != "__main__":
-            importlib.import_module(module)
-
-
-class JobInfo(NamedTuple):
-    """What a task may want to know about the job that it does."""
-
-    id: str
-    name: str                   # of the task
-    tries: int                  # how often the job was tried before
-    sent: datetime | None       # when, in UTC, if the sender said so
-
-
-_job_info: ContextVar[tuple] = ContextVar("job_info")   # `sent` as the header says it
-
-
-def job() -> JobInfo:
-    """Tell a task which job it does. Its id stays the same however often it is tried,
-    so what must not be done twice can be remembered under the id.
-
-    Raises RuntimeError where no job is done.
-    """
-    try:
-        *what, sent = _job_info.get()
-    except LookupError:
-        raise RuntimeError("job() is for tasks, while they do a job") from None
-    with suppress(ValueError):
-        return JobInfo(*what, _instant(sent, "x-olive-sent"))
-    return JobInfo(*what, None)
 
 
 # =====================================================================================
@@ -227,26 +114,42 @@ def job() -> JobInfo:
 # =====================================================================================
 
 class OliveOly:
-    """The app. `OliveOly(config).start()` runs until it is told to stop."""
+    """The app. `OliveOly(config).start()` runs until it is told to stop.
+
+    config: the settings; by default the default ones. The modules in `config.tasks` are
+    imported at once. If one of them cannot be, the program ends with a line that says
+    why, and exit status 2.
+    """
+
+    # What the app knows of its messages; a job may be in several of these at once:
+    #
+    #     _in_hand          all, from delivery until they are settled or let go
+    #     _awaited, _news   by key: those that lost their message with a connection and
+    #                       shall get it again; and where they wait for that
+    #     _callers          by queue: those that wait for calls of theirs, and for how
+    #                       many calls each. `_callers_changed` is set at each change.
+    #     _settled          is set whenever a message is settled
+    #     _consumers        the tags of our consumers, in the order of their start
 
     def __init__(self, config: OliveAppConfig | None = None) -> None:
         self.config = config or OliveAppConfig()
         self._stop, self._status = Event(), 0
         self._in_hand: set[Job] = set()
-        self._awaited: dict[tuple, Job] = {}    # by key: the message shall come again
-        self._news = sweepea.SchedBarrier()     # where jobs wait for their message
-        self._settled = Event()                 # set at each ack; see `_tend`
-        # By queue: the tags of its consumers; the jobs that wait for a call of theirs,
-        # and for how many.
-        self._consumers: dict[str, list[str]] = {}
-        self._callers: dict[str, Counter] = {}
+        self._awaited: dict[tuple, Job] = {}
+        self._news = sweepea.SchedBarrier()
+        self._settled = Event()
+        # The main queue comes last, for a message of it may end the connection at once.
+        self._calls_queue = calls_name(self.config.queue)
+        self._queues = self._calls_queue, self.config.queue
+        self._consumers: list[str] = []
+        self._callers = {queue: Counter() for queue in self._queues}
         self._callers_changed = Event()
         self._trace = Trace("" if sweepea.in_worker() else self.config.trace)
         self._totals = dict(done=0, failed=0, retried=0, dead=0)
         self._samples: deque = deque(maxlen=10)     # of how much is done; see `_tick`
         for module in self.config.tasks:
             try:
-                load_tasks((module,))
+                load_tasks(module)
             except (Exception, SystemExit) as exc:
                 where = traceback.extract_tb(exc.__traceback__)[-1]
                 fail(f"OLIVE_TASKS: {module}: {type(exc).__name__}: {exc} "
@@ -257,7 +160,7 @@ class OliveOly:
     def _on_message(self, queue, channel, _pika, method, properties, body) -> None:
         """A message is delivered: a kernel task of its own lives its life."""
         if self._stop.is_set():
-            return                      # it goes back when the connection is closed
+            return          # the message goes back when the connection is closed
         job = Job(queue, channel, method, properties, body)
         if method.redelivered:          # is it in hand? how often has it come back?
             if self._came_back(job):
@@ -276,10 +179,10 @@ class OliveOly:
                 self._ran(job, outcome.status)
                 if outcome.status != "done":
                     await self._retry_or_bury(job, outcome)
-                else:
-                    if outcome.kind:
-                        log.warning("%s: %s", job.name, _shown(outcome.text))
-                    await self._settle(job, outcome.reply)
+                    return
+                if outcome.kind:        # the job is done, but its result cannot be sent
+                    log.warning("%s: %s", job.name, _shown(outcome.text))
+                await self._settle(job, outcome.reply)
         except Exception as exc:        # a fault of ours must not hold the message
             log.exception("%s: a fault of the app", job.name)
             await self._bury(job, _failure("failed", None, exc))
@@ -292,28 +195,19 @@ class OliveOly:
     async def _run(self, job: Job) -> Outcome:
         """Run the job where it belongs: on the kernel, in a thread, in a process."""
         registered = TASKS[job.task]
+        kind = self._kind(registered)
         limits = [limit for limit in (registered.timeout, job.limit) if limit]
         limit = min(limits, default=self.config.task_timeout)
-        info = job.id, job.task, job.retries, job.headers.get("x-olive-sent")
+        info = JobInfo(job.id, job.task, job.retries, job.headers.get("x-olive-sent"))
         try:
-            if inspect.iscoroutinefunction(registered.function):
+            if kind == "coroutine":
                 return await self._run_coroutine(job, info, limit)
-            runs_in_process = self._runs_in_process(registered)
-            if job.isolated or runs_in_process:
-                module = registered.function.__module__
-                async with self._processes.slots:
-                    self._begin(job)
-                    outcome = await self._processes.call(
-                        _execute_in_child, (module, info, job.body), limit,
-                        begins=lambda pid: job.at(f"process {pid}"))
-                if outcome is not None:
+            if kind == "process":
+                return await self._run_in_process(job, info, limit)
+            if job.isolated:    # a job for a thread; see "a message that kills us"
+                outcome = await self._run_in_process(job, info, limit)
+                if outcome.status != "unknown-task":
                     return outcome
-                if runs_in_process:
-                    return _failure("unknown-task", job.id, NotRegistered(
-                        f"a worker process imports {module} and finds no task "
-                        f"{job.task} there: define it at the top level of a module, "
-                        "and not under `if __name__ ...`"))
-                # A job for a thread, isolated: then it runs in a thread, as ever.
             job.call = sweepea.Call(self._threads, _execute, (info, job.body), limit)
             job.call.name = job.name
             return await job.call.run()
@@ -322,18 +216,21 @@ class OliveOly:
         except sweepea.WorkerLost as exc:
             return _failure("worker-lost", job.id, WorkerLostError(str(exc)))
         except sweepea.WorkerStartError as exc:
-            # No fault of the message, which goes back when the connection is closed.
+            # The message is not at fault. It goes back when the connection is closed.
             log.error("%s: stopping, to be started afresh", exc)
             self.stop(1)
             raise sweepea.TaskCancelled("no worker") from None
         except Exception as exc:
             return _failure("failed", job.id, exc)
 
-    def _runs_in_process(self, registered: OliveTask) -> bool:
-        return "process" == (registered.worker or self.config.worker) and not (
-            inspect.iscoroutinefunction(registered.function))
+    def _kind(self, registered: OliveTask) -> str:
+        """Where the jobs of a task run: "coroutine", "thread" or "process"."""
+        if inspect.iscoroutinefunction(registered.function):
+            return "coroutine"
+        return registered.worker or self.config.worker
 
-    async def _run_coroutine(self, job: Job, info: tuple, limit) -> Outcome:
+    async def _run_coroutine(self, job: Job, info: JobInfo, limit) -> Outcome:
+        """Run a job on the kernel; raises TimeoutError after `limit` seconds."""
         self._begin(job)
         job.at("coroutine")
         job.kernel_task.name = job.name     # a task that blocks the loop is named
@@ -355,6 +252,15 @@ class OliveOly:
             raise TimeoutError
         finally:
             await child.cancel(blocking=False)
+
+    async def _run_in_process(self, job: Job, info: JobInfo, limit) -> Outcome:
+        """Run a job in a worker process, as soon as one is free."""
+        module = TASKS[job.task].function.__module__
+        async with self._processes.slots:
+            self._begin(job)
+            return await self._processes.call(
+                _execute_in_child, (module, info, job.body), limit,
+                begins=lambda pid: job.at(f"process {pid}"))
 
     async def _settle(self, job: Job, reply: bytes | None) -> None:
         """Send the reply, if one is wanted, then acknowledge, on one channel.
@@ -463,8 +369,9 @@ class OliveOly:
         return False
 
     async def _declare_anew(self, target: str, reason: str) -> None:
-        # Somebody may have deleted what we publish to. A declaration that fails closes
-        # its channel, which must not be that of the deliveries.
+        """Declare everything again: somebody may have deleted what we publish to."""
+        # A declaration that fails closes its channel, which must not be that of the
+        # deliveries.
         if self._link.connection is None:
             return                      # the link says so, and declares everything anew
         log.warning("could not publish to %s: %s; trying again", target, reason)
@@ -477,9 +384,10 @@ class OliveOly:
 
     # -- what can go wrong: the task ---------------------------------------------------
     #
-    # A task that fails may succeed a little later, when the network is back, say. So it
-    # is tried again as often as it says, after a pause that doubles each time. The dice
-    # keep a thousand that failed together from coming back together. The pause is spent
+    # Without this, each hiccup of a network or of a database would end a job for good,
+    # though the job would succeed a little later. So a job that failed is tried again,
+    # as often as its task says, after a pause that doubles each time. The dice keep a
+    # thousand jobs that failed together from coming back together. The pause is spent
     # in the broker (see "The ladder"): here it would hold a place in the window.
 
     async def _retry_or_bury(self, job: Job, outcome: Outcome) -> None:
@@ -606,13 +514,12 @@ class OliveOly:
 
     async def _let_go(self, job: Job) -> None:
         """Give back the message of a job that has not begun, and drop the job."""
-        if job.begun or job.channel is None:
-            return
-        if job.call is not None and not job.call.take_back():
-            return                      # a thread has begun it
-        await self._give_back(job)
+        # Of a job that is on its way through a thread, the call knows what it is.
+        if not job.begun and (job.call is None or job.call.take_back()):
+            await self._give_back(job)
 
     async def _give_back(self, job: Job) -> None:
+        """Give back the message of a job, and cancel the job wherever it waits."""
         if job.channel is None:
             return                      # somebody else has, or may have, the message
         job.channel.basic_nack(job.tag)     # a channel that is closed says nothing
@@ -635,7 +542,7 @@ class OliveOly:
     # the window is wide again, and in the end the killer comes back alone. If nothing
     # is settled for a while, all that is in hand may be long jobs, and the window
     # becomes what it was. A consumer's window cannot be changed, so each time another
-    # consumer takes its place; what is in hand of the one before stays so.
+    # consumer is started beside it, which may hold as many as those before together.
 
     async def _consume(self, channel: sweepea.Channel, queue: str, window: int) -> None:
         """Start a consumer of a queue, which may hold so many messages."""
@@ -644,47 +551,48 @@ class OliveOly:
         channel.pika.basic_qos(prefetch_count=window)
         frame = await channel.call("basic_consume", queue, functools.partial(
             self._on_message, queue, channel))
-        self._consumers[queue].append(frame.method.consumer_tag)
+        self._consumers.append(frame.method.consumer_tag)
 
     async def _tend(self, channel: sweepea.Channel, window: int) -> None:
         """See to the consumers of a connection until its end."""
         with suppress(AMQPError):       # if the connection is lost, the link says so
             await self._link.up.wait()
-            while window < self.config.prefetch and channel.closed is None:
-                window = await self._widen(channel, window)
+            await self._widen(channel, window)
             await self._keep_places(channel)
 
-    async def _widen(self, channel: sweepea.Channel, window: int) -> int:
-        self._settled.clear()
-        async with ignore_after(sweepea.MAX_BACKOFF) as timer:
-            await self._settled.wait()
-        full = self.config.prefetch
-        window = full if timer.expired else min(2 * window, full)
-        for queue in self._consumers:
-            if self._stop.is_set() or channel.closed is not None:
-                return full
-            narrow = self._consumers[queue].pop()
-            await self._consume(channel, queue, window)
-            await channel.call("basic_cancel", narrow)
-        return window
+    async def _widen(self, channel: sweepea.Channel, window: int) -> None:
+        """Bring the window of each queue, which is narrow, to its full size."""
+        while window < self.config.prefetch:
+            self._settled.clear()
+            async with ignore_after(sweepea.MAX_BACKOFF) as timer:
+                await self._settled.wait()
+            left = self.config.prefetch - window
+            more = left if timer.expired else min(window, left)
+            for queue in self._queues:
+                if not self._stop.is_set():
+                    await self._consume(channel, queue, more)
+            window += more
 
     # -- what can go wrong: callers wait for jobs that nobody takes --------------------
     #
-    # A task may call tasks, and a coroutine that waits for their results costs nothing
-    # (`call`). But its message stays in hand. If its calls stood behind other callers
-    # in one queue, the whole window would be callers, each waiting for a job that
-    # nobody can take any more. So calls go to a queue of their own, Olive.q.calls.
+    # A task may call tasks (`call`), and a coroutine that waits for their results costs
+    # nothing. But its message stays in hand. Without this, its calls would stand behind
+    # other callers in one queue, until the whole window were callers, each waiting for
+    # a job that nobody can take any more. So calls go to a queue of their own,
+    # Olive.q.calls:
     #
-    # What is called may call again. So on that queue there is a consumer more for each
-    # window full of callers that wait. At every moment some places are free of callers,
-    # enough to keep all workers busy, and there is no depth at which all stand still.
-
-    @property
-    def _calls_queue(self) -> str:
-        return calls_name(self.config.queue)
+    #     Olive.q          -- a window -->   callers, and jobs that call nobody
+    #     Olive.q.calls    -- a window -->   what those have called: it may call again,
+    #                      -- a window -->   and then a window more is opened for it
+    #
+    # On the queue of calls there is a consumer more for each window full of callers
+    # that wait. At every moment some places are free of callers, enough to keep all
+    # workers busy, and so there is no depth of calls at which all stand still.
 
     async def _call(self, job: Job | None, *args: Any, **options: Any) -> Any:
-        callers = self._callers.get(job and job.queue, Counter())
+        """Call a task for a job, and count the job as a caller meanwhile."""
+        # A background coroutine, which has no job, takes nobody's place.
+        callers = self._callers[job.queue] if job else Counter()
         callers[job] += 1
         await self._callers_changed.set()
         try:
@@ -695,27 +603,34 @@ class OliveOly:
                 del callers[job]
             await self._callers_changed.set()
 
-    def _missing_places(self) -> int:
-        """How many consumers the queue of calls lacks, or has too many (below 0)."""
+    def _places_wanted(self) -> int:
+        """How many consumers the queue of calls should have beyond the usual one."""
         window = self.config.prefetch
         workers = min(self.config.threads + self.config.processes, window)
         places = len(self._callers[self._calls_queue]) + workers
-        return math.ceil(places / window) - len(self._consumers[self._calls_queue])
+        return math.ceil(places / window) - 1
 
     async def _keep_places(self, channel: sweepea.Channel) -> None:
-        tags, quiet = self._consumers[self._calls_queue], 1.0
+        """Have as many consumers on the queue of calls as the callers need. Those that
+        are started here are the last in `_consumers`, and the first to go."""
+        tags, usual = self._consumers, len(self._consumers)
         while channel.closed is None and not self._stop.is_set():
-            if self._missing_places() > 0:
+            if len(tags) < usual + self._places_wanted():
                 await self._consume(channel, self._calls_queue, self.config.prefetch)
                 continue
-            self._callers_changed.clear()
-            async with ignore_after(quiet if len(tags) > 1 else None) as timer:
-                await self._callers_changed.wait()
             # Callers come and go. So consumers go when all was quiet for a second.
-            while timer.expired and self._missing_places() < 0:
+            self._callers_changed.clear()
+            async with ignore_after(1.0 if len(tags) > usual else None) as timer:
+                await self._callers_changed.wait()
+            while timer.expired and len(tags) > usual + self._places_wanted():
                 await channel.call("basic_cancel", tags.pop())
 
     # -- starting ----------------------------------------------------------------------
+    #
+    #     start        has the kernel run `_main`
+    #     _main        makes pools, link and client; then waits for a stop
+    #     _on_connect  for each connection: declares, consumes, spawns two watchers,
+    #                  `_guard` for what is in hand and `_tend` for the consumers
 
     def start(self, *background: Callable) -> None:
         """Work until SIGTERM, SIGINT or SIGHUP; return then, or exit with a status.
@@ -743,7 +658,7 @@ class OliveOly:
         self._threads = sweepea.ThreadPool(kernel, config.threads)
         # A worker process imports what it may have to run before any time limit counts.
         modules = {registered.function.__module__ for registered in TASKS.values()
-                   if self._runs_in_process(registered)}
+                   if self._kind(registered) == "process"}
         self._processes = sweepea.ProcessPool(
             kernel, config.processes, _set_up_worker,
             (sorted(modules), config.log_level))
@@ -769,7 +684,7 @@ class OliveOly:
             log.info("stopped: %s", self._show_totals())
 
     async def _beside(self, corofunc: Callable) -> None:
-        # Not before there is a queue for what the function may want to send.
+        # The function may want to send something, so it waits until there are queues.
         _here.set((self, None))
         await self._link.up.wait()
         await corofunc()
@@ -789,28 +704,34 @@ class OliveOly:
         await spawn(self._guard, channel)
         window = 1 if self._link.was_brief else self.config.prefetch
         await spawn(self._tend, channel, window)
-        # The main queue comes last: a message of it may end the connection at once.
-        self._consumers = {self._calls_queue: [], self.config.queue: []}
-        for queue in self._consumers:
-            self._callers.setdefault(queue, Counter())
+        self._consumers = []            # those before were the old connection's
+        for queue in self._queues:
             if not self._stop.is_set():
                 await self._consume(channel, queue, window)
         if self._link.ever_up:
             self._trace.add("i", "reconnect", s="p")
-        else:
-            config = self.config
-            log.info("sweepea %s at %s, waiting for tasks in %s with %d threads and %d "
-                     "processes: %s", sweepea.__version__, _address(connection),
-                     config.queue, config.threads, config.processes, self._show_tasks())
-            if not self.config.counts_returns:
-                log.warning("%s is not a quorum queue: nothing counts how often a "
-                            "message comes back, so a task that kills the app does so "
-                            "again and again", self.config.queue)
+            return
+        config = self.config
+        log.info("sweepea %s at %s, waiting for tasks in %s with %d threads and %d "
+                 "processes: %s", sweepea.__version__, _address(connection),
+                 config.queue, config.threads, config.processes, self._show_tasks())
+        if not config.counts_returns:
+            log.warning("%s is not a quorum queue: nothing counts how often a message "
+                        "comes back, so a task that kills the app does so again and "
+                        "again", config.queue)
 
     # -- stopping ----------------------------------------------------------------------
+    #
+    # Without this, each restart of the app would cut off what runs, and all of that
+    # would run a second time. So the app takes no more, gives back what has not begun,
+    # and waits for what has, as long as OLIVE_GRACE allows. A program that does not go
+    # would be worse still, so nothing on that way may take longer than the grace.
 
     def stop(self, status: int = 0) -> None:
-        """Stop as by SIGTERM, from a coroutine; exit with this status."""
+        """Stop as by SIGTERM. For coroutines that run in the app.
+
+        status: the exit status of the program; the first that is not 0 counts.
+        """
         self._status = self._status or status
         self._kernel._spawn(self._stop.set())
 
@@ -822,7 +743,7 @@ class OliveOly:
             if number != signal.SIGUSR1:
                 signal.signal(number, _leave_at_once)
         self.stop()
-        # The next one came before there was a handler.
+        # A second signal that came before there was a handler is found here.
         _leave_at_once(await self._next_stop(incoming))
 
     async def _next_stop(self, incoming) -> int:
@@ -834,45 +755,45 @@ class OliveOly:
     async def _finish(self) -> None:
         """Take no more; give back what has not begun; wait for what has.
 
-        In this order, or what is given back would come straight in again.
+        The order matters: what is given back while we still take messages would come
+        straight in again.
         """
         await self._news.wake()             # a stop is a reason to await no message
-        await ignore_after(2.0, self._cancel_consumers)     # the broker may be frozen
+        async with ignore_after(2.0):       # the broker may be frozen
+            for consumer in self._consumers:
+                await self._ask_broker("basic_cancel", consumer)
         for job in list(self._in_hand):
             await self._let_go(job)
         while self._in_hand:
+            running = self._in_hand.difference(*self._callers.values())
+            job = next(iter(running or self._in_hand))
             # If nobody takes what is called, those who wait for it wait in vain.
-            calling = set().union(*self._callers.values())
-            if self._in_hand <= calling and not await self._is_answered():
-                for job in list(self._in_hand):
-                    await self._give_back(job)
-            self._callers_changed.clear()
-            running = self._in_hand - calling
-            wait = running.pop().kernel_task.wait if running else (
-                self._callers_changed.wait)
-            await ignore_after(0.5, wait)
-
-    async def _cancel_consumers(self) -> None:
-        if channel := self._link.channel:
-            with suppress(AMQPError):       # or it is lost just now, and they with it
-                for consumer in sum(self._consumers.values(), []):
-                    await channel.call("basic_cancel", consumer)
+            if not running and not await self._is_answered():
+                for caller in list(self._in_hand):
+                    await self._give_back(caller)
+            await ignore_after(0.5, job.kernel_task.wait)
 
     async def _is_answered(self) -> bool:
         """Whether another app takes what is called."""
+        queue = await self._ask_broker("queue_declare", self._calls_queue, passive=True)
+        return queue is not None and queue.method.consumer_count > 0
+
+    async def _ask_broker(self, *what: Any, **options: Any) -> Any:
+        """Call a method of the channel; None if there is no connection, or it is lost
+        in that moment, and all that was started on it with it."""
         if channel := self._link.channel:
             with suppress(AMQPError):
-                declared = await channel.call(
-                    "queue_declare", self._calls_queue, passive=True)
-                return declared.method.consumer_count > 0
-        return False
+                return await channel.call(*what, **options)
+        return None
 
     # -- being seen --------------------------------------------------------------------
     #
-    # Three views of one run. The log says what was out of the ordinary. The table that
-    # `kill -USR1` prints says what is going on just now: which job hangs, and where.
-    # The timeline shows afterwards what ran when (see `Trace`). While nobody looks, a
-    # job only notes when it goes from one place to another.
+    # Without this, an app that does nothing, because all its jobs wait for the same
+    # lock, say, would look like one that has nothing to do. There are three views of
+    # one run. The log says what was out of the ordinary. The table that `kill -USR1`
+    # prints says what is going on just now: which job hangs, and where. The timeline
+    # shows afterwards what ran when (see `Trace`). While nobody looks, a job only notes
+    # when it goes from one place to another.
 
     def _ran(self, job: Job, status: str) -> None:
         """A job has run, perhaps not to its end: count it and show it."""
@@ -884,10 +805,8 @@ class OliveOly:
             ended = getattr(job.call, "ended", None) or time.monotonic()
             if not place.startswith("waits"):               # else it has not begun
                 log.debug("%s: %s in %.3f s", job.name, status, ended - began)
-                if self._trace.file:
-                    self._trace.slice(job, place, began, ended, status)
-                    if ended > self._trace.counted + 0.001:     # that is often enough
-                        self._trace.count(len(self._in_hand))
+                self._trace.slice(job, place, began, ended, status)
+                self._trace.count(len(self._in_hand))
         job.call = None
 
     def _tick(self) -> None:
@@ -930,11 +849,8 @@ class OliveOly:
         """The tasks with their kinds and limits."""
         shown = []
         for name, registered in sorted(TASKS.items()):
-            kind = registered.worker or self.config.worker
-            if inspect.iscoroutinefunction(registered.function):
-                kind = "coroutine"
             limit = registered.timeout or self.config.task_timeout
-            facts = [kind, limit and f"{limit:g} s",
+            facts = [self._kind(registered), limit and f"{limit:g} s",
                      registered.retries and f"retries {registered.retries}"]
             shown.append(f"{name} ({', '.join(filter(None, facts))})")
         return ", ".join(shown)
@@ -960,6 +876,15 @@ def _advice(exc: AMQPError, config: OliveAppConfig) -> str:
         return " (delete it, or set OLIVE_QUEUE_ARGUMENTS as it was declared)"
     return " (delete it, or choose another name)"
 
+
+# =====================================================================================
+# The log and the timeline
+#
+# Without a log that says what was out of the ordinary, each of the mechanisms above
+# would do its work in silence, and nobody would learn that a job fails at each try or
+# that the connection is lost once an hour. Who wants to know what ran when asks for a
+# timeline, and opens it in Perfetto (ui.perfetto.dev) or in a browser of Chrome's.
+# =====================================================================================
 
 class _LogFormatter(logging.Formatter):
     """Lines with times in UTC; the level is coloured, but only on a terminal."""
@@ -991,7 +916,8 @@ def set_up_log(level: str) -> None:
 
 
 def _set_up_worker(modules: tuple[str, ...], level: str) -> None:
-    load_tasks(modules)
+    for module in modules:
+        load_tasks(module)
     set_up_log(level)
 
 
@@ -1014,20 +940,21 @@ class Trace:
     def __init__(self, path: str) -> None:
         # Unbuffered, so that the system gets in one piece what is written.
         self.file = open(path, "wb", buffering=0) if path else None
-        self._pid, self._separator, self._records = os.getpid(), "[", []
+        self._separator, self._records = "[", []
         self._tids: dict[int | str, int] = {}   # of the tracks
         self._lanes: list[int] = []             # when each kernel's track is free again
-        self.counted, self._before = 0.0, 0     # the time of the last counter; itself
+        self._counted = self._in_hand = 0       # when the last count was; what it was
         self._epoch = time.time() - time.monotonic()
-        self._json = json.JSONEncoder().encode  # quicker for short texts than `dumps`
         self.add("M", "process_name", args={"name": "olive"})
 
     def add(self, ph: str, name: str, tid: int = 0, ts: int = 0, **more: Any) -> None:
         """Add a record, of this moment if no other is given."""
         if self.file:
             ts = ts or int(time.monotonic() * 1e6)
-            record = {"ph": ph, "name": name, "pid": self._pid, "tid": tid, "ts": ts}
-            self._records.append(self._json({**record, **more}))
+            self._records.append(
+                dict(ph=ph, name=name, pid=os.getpid(), tid=tid, ts=ts, **more))
+            if len(self._records) >= 1000:
+                self.write()
 
     def slice(self, job: Job, place: str, began: float, ended: float, status) -> None:
         """Add a job that ran in a place, between two times of `time.monotonic()`."""
@@ -1044,32 +971,26 @@ class Trace:
             self._tids[track] = tid = len(self._tids) + 1
             name = f"thread {tid}" if place == "thread" else track
             self.add("M", "thread_name", tid, args={"name": name})
-        queued = "null"                 # seconds, if the sender has said when it sent
-        try:
+        queued = None                   # seconds, if the sender has said when it sent
+        with suppress(Exception):       # anything may be in that header
             sent = datetime.fromisoformat(job.headers["x-olive-sent"])
-            queued = f"{self._epoch + began - sent.timestamp():.6f}"
-        except Exception:               # anything may be in there
-            pass
-        # This is as `add` would write it, but takes a third of the time.
-        self._records.append(
-            f'{{"ph": "X", "name": {self._json(job.task)}, "pid": {self._pid}, '
-            f'"tid": {self._tids[track]}, "ts": {start}, "dur": {end - start}, '
-            f'"args": {{"id": {self._json(job.id)}, "outcome": "{status}", '
-            f'"queued": {queued}}}}}')
-        if len(self._records) >= 1000:
-            self.write()
+            queued = round(self._epoch + began - sent.timestamp(), 6)
+        self.add("X", job.task, self._tids[track], start, dur=end - start,
+                 args={"id": job.id, "outcome": status, "queued": queued})
 
     def count(self, in_hand: int) -> None:
-        """Add how many messages are in hand, if that has changed."""
-        self.counted = time.monotonic()
-        if in_hand != self._before:
-            self._before = in_hand
+        """Add how many messages are in hand, if that has changed; not more often than
+        once in a millisecond."""
+        now = time.monotonic()
+        if in_hand != self._in_hand and now > self._counted + 0.001:
+            self._counted, self._in_hand = now, in_hand
             self.add("C", "in hand", args={"messages": in_hand})
 
     def write(self, end: str = "") -> None:
         """Write what has come together."""
         if self.file and self._records:
-            data = self._separator + ",\n".join(self._records) + end
+            # To encode all at once is quicker than one by one.
+            data = self._separator + json.dumps(self._records)[1:-1] + end
             self._separator, self._records = ",\n", []
             with suppress(OSError):     # a full disk must not stop the work
                 self.file.write(data.encode())
@@ -1080,6 +1001,125 @@ class Trace:
             self.add("C", "in hand", args={"messages": 0})
             self.write("]\n")
             self.file.close()
+
+
+# =====================================================================================
+# Tasks: functions that may be called by name from the wire, and no others
+#
+# A message names a task; it carries no code, and nothing is ever imported or unpickled
+# because a message says so. What is not in the registry below cannot be called.
+# =====================================================================================
+
+class OliveTask(NamedTuple):
+    """A registered function and how it is to be run."""
+
+    function: Callable
+    worker: str | None      # "thread", "process", or None: the configuration's choice
+    timeout: float | None   # seconds
+    retries: int
+    retry_delay: float      # seconds before the first retry; twice that before the next
+
+
+TASKS: dict[str, OliveTask] = {}
+
+
+def task(name=None, worker=None, timeout=None, retries=0, retry_delay=1.0) -> Callable:
+    """Register a function as a task: `@task` or `@task(worker="process", retries=3)`.
+
+    name: by default that of the function. worker: "thread" or "process", by default
+    what the configuration says; a coroutine function runs on the kernel. timeout: after
+    so many seconds the job has failed: a process is killed, a coroutine is cancelled; a
+    thread cannot be stopped and runs on, perhaps beside its own next try. retries: what
+    has failed is tried again so many times, after `retry_delay` seconds, then twice
+    that, and so on. Raises ValueError for a name that is taken, and for values that
+    make no sense. The idea of a decorator that is the whole API is Huey's.
+    """
+    if callable(name):      # `@task` without brackets: the function itself came here
+        return task()(name)
+
+    def register(function: Callable) -> Callable:
+        key = name or function.__name__
+        if key in TASKS:
+            raise ValueError(f"there are two tasks of the name {key!r}")
+        TASKS[key] = OliveTask(function, worker, timeout, retries, retry_delay)
+        return function
+
+    if worker not in (None, "thread", "process"):
+        raise ValueError(f"worker must be 'thread' or 'process', not {worker!r}")
+    if not (timeout is None or timeout > 0) or retry_delay < 0 or not (
+            type(retries) is int and retries >= 0):
+        raise ValueError("timeout must be above 0, retries and retry_delay at least 0")
+    return register
+
+
+@functools.cache            # a second registration would be an error
+def demo_tasks() -> None:
+    """Register the five demo tasks; "olive_app" in OLIVE_TASKS stands for these.
+
+    They are registered when they are asked for, and not by the import of this module:
+    a program of one's own must not have a task `add` that it did not write.
+    """
+
+    @task
+    def add(x, y):
+        return x + y
+
+    @task
+    def do_nothing():
+        pass
+
+    @task
+    def sleep_n(seconds):
+        time.sleep(seconds)
+        return seconds
+
+    @task(worker="process")
+    def fib(n):
+        return n if n < 2 else fib(n - 1) + fib(n - 2)
+
+    @task
+    def fail(message):
+        raise RuntimeError(message)
+
+
+def load_tasks(module: str) -> None:
+    """Import a module that registers tasks.
+
+    Worker processes do so, too, before their first job: each has a registry of its own.
+    What the program itself registers, as `__main__`, multiprocessing has imported then.
+    Raises whatever the import raises.
+    """
+    if module in ("olive_app", __name__):
+        demo_tasks()
+    elif module != "__main__":
+        importlib.import_module(module)
+
+
+class JobInfo(NamedTuple):
+    """What a task may want to know about the job that it does."""
+
+    id: str
+    name: str                   # of the task
+    tries: int                  # how often the job was tried before
+    sent: datetime | None       # when, in UTC, if the sender said so
+
+
+_job_info: ContextVar[JobInfo] = ContextVar("job_info")     # `sent` as in the header
+
+
+def job() -> JobInfo:
+    """Tell a task which job it does. Its id stays the same however often it is tried,
+    so what must not be done twice can be remembered under the id.
+
+    Raises RuntimeError where no job is done.
+    """
+    info = _job_info.get(None)
+    if info is None:
+        raise RuntimeError("job() is for tasks, while they do a job")
+    try:
+        return info._replace(sent=_instant(info.sent, "x-olive-sent"))
+    except ValueError:                  # the header is the sender's
+        return info._replace(sent=None)
 
 
 # =====================================================================================
@@ -1151,21 +1191,22 @@ def _time(text: str) -> datetime:
     return datetime.fromisoformat(text.replace("Z", "+00:00"))  # Python 3.10 has no Z
 
 
-# A class, how it is written, and for each name how it is read. A datetime is a date,
-# too, so it comes first.
-_WRITTEN = {
-    datetime: ("datetime", datetime.isoformat), date: ("date", date.isoformat),
-    time_of_day: ("time", time_of_day.isoformat), Decimal: ("decimal", str),
-    uuid.UUID: ("uuid", lambda value: {"hex": value.hex, "version": value.version}),
-    bytes: ("base64", lambda value: base64.b64encode(value).decode())}
-_READ = {
-    "datetime": _time, "date": lambda value: _time(value).date(),
-    "time": time_of_day.fromisoformat, "decimal": Decimal, "bytes": str.encode,
-    "uuid": lambda value: uuid.UUID(value["hex"]), "base64": base64.b64decode}
+# For each name: the class, how a value of it is written, and how it is read. A datetime
+# is a date, too, so it comes first. Of bytes there are two forms, and the second is
+# kombu's for those that are text; it is only read here.
+_TYPES = {
+    "datetime": (datetime, datetime.isoformat, _time),
+    "date": (date, date.isoformat, lambda text: _time(text).date()),
+    "time": (time_of_day, time_of_day.isoformat, time_of_day.fromisoformat),
+    "decimal": (Decimal, str, Decimal),
+    "uuid": (uuid.UUID, lambda value: {"hex": value.hex, "version": value.version},
+             lambda value: uuid.UUID(value["hex"])),
+    "base64": (bytes, lambda value: base64.b64encode(value).decode(), base64.b64decode),
+    "bytes": (bytes, bytes.decode, str.encode)}
 
 
 def _write(value: Any) -> dict:
-    for kind, (name, write) in _WRITTEN.items():
+    for name, (kind, write, _) in _TYPES.items():
         if isinstance(value, kind):
             return {"__type__": name, "__value__": write(value)}
     raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
@@ -1175,7 +1216,8 @@ def _read(found: dict) -> Any:
     if found.keys() != {"__type__", "__value__"}:
         return found
     try:
-        return _READ[found["__type__"]](found["__value__"])
+        _, _, read = _TYPES[found["__type__"]]
+        return read(found["__value__"])
     except Exception:
         raise ValueError(f"{_shown(found)} is none of the types that we know") from None
 
@@ -1236,13 +1278,13 @@ def _clean(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-async def _perform(info: tuple, body: bytes) -> Outcome:
+async def _perform(info: JobInfo, body: bytes) -> Outcome:
     """Run the job of a message, and say what came of it, whatever that is.
 
     Nothing that a task raises leaves this function: neither may an exception take a
     thread or the kernel with it, nor a SystemExit the app.
     """
-    ident, name, *_ = info
+    ident = info.id
     _job_info.set(info)
     try:
         args, kwargs = _decode(body)
@@ -1251,7 +1293,7 @@ async def _perform(info: tuple, body: bytes) -> Outcome:
     except ValueError as exc:
         return _failure("malformed", ident, exc.with_traceback(None))
     try:
-        result = TASKS[name].function(*args, **kwargs)
+        result = TASKS[info.name].function(*args, **kwargs)
         if inspect.iscoroutine(result):
             result = await result
     except BaseException as exc:    # SystemExit and KeyboardInterrupt as well
@@ -1282,14 +1324,17 @@ def _execute(*what) -> Outcome:
     raise RuntimeError("a task that is no coroutine function returned a coroutine")
 
 
-def _execute_in_child(module: str, info: tuple, body: bytes) -> Outcome | None:
+def _execute_in_child(module: str, info: JobInfo, body: bytes) -> Outcome:
     """The same in a worker process, which knows a task by the module that defines it.
-    None if the module does not define the task where it is imported: under the guard
-    `if __name__ == "__main__":`, say, or in no file at all."""
-    name = info[1]
-    if name not in TASKS:
-        load_tasks((module,))
-    return _execute(info, body) if name in TASKS else None
+    The module may not define the task where it is imported: a task may be defined under
+    the guard `if __name__ == "__main__":`, say, or in no file at all."""
+    if info.name not in TASKS:
+        load_tasks(module)
+    if info.name not in TASKS:
+        return _failure("unknown-task", info.id, NotRegistered(
+            f"a worker process imports {module} and finds no task {info.name} there: "
+            "define it at the top level of a module, and not under `if __name__ ...`"))
+    return _execute(info, body)
 
 
 # =====================================================================================
@@ -1361,11 +1406,21 @@ class Client:
     program gets one by `await Client.open(config)`.
     """
 
+    # A message goes out on the link; the reply comes back to the one who asked:
+    #
+    #     ask -> _answers[id] -> send -> publish -> link      (declares what is missing)
+    #     _answers.pop(id)(reply) <- _on_reply <- _listens_on, a channel of the link
+    #
+    # The queue of the replies, `_replies`, is declared when the first reply is wanted,
+    # since many a program only sends. After that, each new connection listens again.
+
     def __init__(self, config: OliveAppConfig, link: sweepea.Link, routing_key: str,
                  declare: Callable, limit: float | None = None) -> None:
+        # declare(target, why): declares what there should be, and is not there.
+        # limit: for so many seconds a sender waits for the broker; None is for ever.
         self.config, self.link, self.limit = config, link, limit
         self._routing_key, self._declare = routing_key, declare
-        self._replies = f"Olive.replies.{uuid.uuid4().hex}"     # made when it is needed
+        self._replies = f"Olive.replies.{uuid.uuid4().hex}"
         self._listens_on: sweepea.Channel | None = None
         self._listening = sweepea.Semaphore(1)      # one task at a time begins to
         self._answers: dict[str, Callable] = {}     # by id: what takes the reply
@@ -1394,7 +1449,11 @@ class Client:
 
     async def ask(self, answer: Callable[[dict], Any], ident: str, *args: Any,
                   **options: Any) -> None:
-        """Send a message; have `answer(reply)` called when there is a reply."""
+        """Send a message; have `answer(reply)` called when there is a reply.
+
+        reply: a dict, see "Running a job". ident: the id of the job. The other
+        parameters, and what is raised, are those of `send`.
+        """
         self._answers[ident] = answer
         try:
             await self.send(*args, ident=ident, reply_to=self._replies, **options)
@@ -1411,13 +1470,15 @@ class Client:
         made. countdown: the job waits for so many seconds; or eta: it waits until then,
         a datetime with a time zone. expires: after so many seconds, or after this
         datetime, the job is not begun any more. time_limit: after so many seconds the
-        job is stopped. priority: 0 to 255, for a queue that has priorities.
+        job is stopped. priority: 0 to 255, for a queue that has priorities. ident: the
+        id, by default a new one. reply_to: the queue for the reply, if one is wanted.
+        parent: the job that sends the message.
 
         Raises pika's UnroutableError if no queue takes the message, NackError if the
-        queue is full, and TimeoutError if the broker does not take it in time.
+        queue is full, and TimeoutError if the broker does not take it in time;
+        TypeError and ValueError for arguments and times that make no sense.
         """
-        ident = ident or str(uuid.uuid4())
-        now = datetime.now(timezone.utc)
+        now, ident = datetime.now(timezone.utc), ident or str(uuid.uuid4())
         # AMQP has floating-point numbers, but pika cuts off what is behind the point.
         limit = time_limit and Decimal(str(time_limit))
         canvas = dict.fromkeys(("callbacks", "errbacks", "chain", "chord"))
@@ -1431,41 +1492,38 @@ class Client:
                 "timelimit": [limit, None], "eta": _moment(countdown or eta, now),
                 "expires": _moment(expires, now), "x-olive-sent": now.isoformat()})
         async with ignore_after(self.limit):
-            if reply_to == self._replies:
-                await self._listen()
             await self.publish(body, properties)
             return ident
         raise TimeoutError(f"the broker takes nothing for {self.limit:g} s: is it down,"
                            " or short of memory or disk?")
 
     async def publish(self, body: bytes, properties: pika.BasicProperties) -> None:
-        """Publish a message that is ready; return once the broker has confirmed it."""
-        exchange, key, error = self.config.exchange, self._routing_key, None
+        """Publish a message that is ready; return once the broker has confirmed it.
+        Raises what `send` does, but no TimeoutError."""
+        exchange, key, is_first = self.config.exchange, self._routing_key, True
         while True:
             try:
+                if properties.reply_to == self._replies:
+                    await self._listen()
                 return await self.link.publish(exchange, key, body, properties)
-            except NackError:
-                raise
-            except AMQPConnectionError:
+            except (AMQPConnectionError, ChannelWrongStateError):
                 await sleep(0.1)        # the link comes back
             except AMQPError as exc:
-                if error:
+                if isinstance(exc, NackError) or not is_first:
                     raise
-                error = exc             # somebody may have deleted what was there
-                await self._declare(exchange, describe(exc))
+                is_first = False        # somebody may have deleted what was there
+                with suppress(AMQPConnectionError):
+                    await self._declare(exchange, describe(exc))
 
-    # -- replies
+    # -- replies -----------------------------------------------------------------------
 
     async def _listen(self) -> None:
+        """Take the replies on the connection that there is, unless we do already."""
         async with self._listening:
-            while self._listens_on is None or self._listens_on is not self.link.channel:
+            while self.link.connection is None:
                 await self.link.up.wait()
-                try:
-                    await self._listen_on(self.link.connection, self.link.channel)
-                except ChannelClosedByBroker:
-                    raise               # we may not
-                except AMQPError:
-                    await sleep(0.1)    # the link comes back
+            if self._listens_on is not self.link.channel:
+                await self._listen_on(self.link.connection, self.link.channel)
 
     async def _listen_on(self, connection, channel: sweepea.Channel) -> None:
         own = await connection.channel()    # if we may not, no other channel is closed
@@ -1499,7 +1557,7 @@ class Client:
         if channel and channel.pika.is_open and not self._answers and not self._gave_up:
             channel.pika.queue_delete(self._replies)
 
-    # -- a client with a connection of its own
+    # -- a client with a connection of its own -----------------------------------------
 
     @classmethod
     async def open(cls, config: OliveAppConfig) -> Client:
@@ -1510,14 +1568,11 @@ class Client:
         can be reached.
         """
         self = cls(config, None, config.routing_key, None, CONFIRM_LIMIT)
-        self._declare, self._tried, self._error = self._declare_missing, Event(), None
-        self.consumers = None           # how many apps listen, if we may know
         self.link = sweepea.Link(config.urls, self._on_connect, patient=False)
+        self._declare, self._connected = self._declare_missing, Future()
         self._connecting = await spawn(self._stay_connected)
         try:
-            await self._tried.wait()
-            if self._error:
-                raise self._error
+            await sweepea._future_wait(self._connected)
         except BaseException:
             await self._connecting.cancel(blocking=False)
             raise
@@ -1531,42 +1586,40 @@ class Client:
     async def _stay_connected(self) -> None:
         try:
             await self.link.run()
-        except AMQPError as exc:
-            self._error = exc
-            await self._tried.set()
+        except AMQPError as exc:        # of the first connection; later ones come back
+            self._connected.set_exception(exc)
 
     async def _on_connect(self, connection, channel: sweepea.Channel) -> None:
         self.connection = connection
         await self._declare_missing()
         await self.listen_again(connection, channel)
-        await self._tried.set()
+        sweepea._answer(self._connected, None)
 
     async def _declare_missing(self, *_why: str) -> None:
         # First it is asked what is there: a user who may only write may ask, and the
         # queue may have other arguments than we know. Where we may not declare, we go
         # on, since that may not be needed.
-        config, is_missing = self.config, False
-        for method, name, arguments in (
-                ("exchange_declare", config.exchange, {"exchange_type": "direct"}),
-                ("queue_declare", config.queue, {"arguments": config.queue_arguments})):
-            for passive in True, False:
-                channel = await self.connection.channel()
-                try:
-                    answer = await channel.call(
-                        method, name, passive=passive, durable=True, **arguments)
-                    channel.pika.close()
-                    break
-                except ChannelClosedByBroker as exc:
-                    if exc.reply_code != 404:
-                        return
-                    is_missing = True
-        self.consumers = answer.method.consumer_count
-        if is_missing:
-            channel = await self.connection.channel()
-            with suppress(ChannelClosedByBroker):
-                await channel.call("queue_bind", config.queue, config.exchange,
-                                   config.routing_key)
-                channel.pika.close()
+        exchange, queue = self.config.exchange, self.config.queue
+        attempt = self._attempt
+        found = await attempt("queue_declare", queue, passive=True)
+        if not found or not await attempt("exchange_declare", exchange, passive=True):
+            await attempt("exchange_declare", exchange, "direct", durable=True)
+            declared = await attempt("queue_declare", queue, durable=True,
+                                     arguments=self.config.queue_arguments)
+            await attempt("queue_bind", queue, exchange, self.config.routing_key)
+            found = declared or found
+        # How many apps listen, if we may know.
+        self.consumers = found.method.consumer_count if found else None
+
+    async def _attempt(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Call a method on a channel of its own; None if the broker refuses, for which
+        it closes the channel."""
+        channel = await self.connection.channel()
+        with suppress(ChannelClosedByBroker):
+            answer = await channel.call(method, *args, **kwargs)
+            channel.pika.close()
+            return answer
+        return None
 
 
 def _moment(when: datetime | float | None, now: datetime) -> str | None:
@@ -1804,20 +1857,17 @@ async def declare_topology(channel: sweepea.Channel, config: OliveAppConfig) -> 
     """
     # Without a callback pika asks for no answer, so that all goes out at once, and not
     # one round trip after the other. The last waits, and learns of what went wrong.
-    declare, queue = channel.pika, config.queue
+    declare, queue, key = channel.pika, config.queue, config.routing_key
     declare.exchange_declare(config.exchange, "direct", durable=True)
-    declare.queue_declare(queue, durable=True, arguments=config.queue_arguments)
-    declare.queue_bind(queue, config.exchange, config.routing_key)
-    calls = calls_name(queue)
-    declare.queue_declare(calls, durable=True, arguments=config.queue_arguments)
-    declare.queue_bind(calls, config.exchange, calls_name(config.routing_key))
     declare.exchange_declare(LOST, "fanout", durable=True)
     declare.queue_declare(LOST, durable=True, arguments=NO_LIMIT)
     declare.queue_bind(LOST, LOST)
     declare.exchange_declare(WAITED, "topic", durable=True,
                              arguments={"alternate-exchange": LOST})
-    declare.queue_bind(queue, WAITED, f"{'*.' * LADDER}{queue}")
-    declare.queue_bind(calls, WAITED, f"{'*.' * LADDER}{calls}")
+    for name, its_key in (queue, key), (calls_name(queue), calls_name(key)):
+        declare.queue_declare(name, durable=True, arguments=config.queue_arguments)
+        declare.queue_bind(name, config.exchange, its_key)
+        declare.queue_bind(name, WAITED, f"{'*.' * LADDER}{name}")
     for rung in range(LADDER):
         name, below = wait_name(rung), wait_name(rung - 1) if rung else WAITED
         declare.exchange_declare(name, "topic", durable=True)
@@ -1836,33 +1886,34 @@ async def declare_topology(channel: sweepea.Channel, config: OliveAppConfig) -> 
 # =====================================================================================
 # Settings
 #
-# One table: the default, what the setting means, what its value must be, and the
-# function that makes such a value of what was given, or raises. `--help` and the errors
-# are made of it. A first reading may skip this chapter.
+# One table: the default, what the setting means, what its value must be, a function
+# that makes such a value of what was given, and one that says whether the value is
+# good. `--help` and the errors are made of it. Without this, a typing error would show
+# hours later, as a setting that has no effect, or as an exception from far inside.
+# A first reading may skip this chapter.
 # =====================================================================================
 
-def _setting(default: Any, meaning: str, must: str, read: Callable) -> Any:
-    return field(default=default, metadata=dict(meaning=meaning, must=must, read=read))
+def _setting(default: Any, meaning: str, must: str, read: Callable = str.strip,
+             is_good: Callable[[Any], bool] = lambda value: True) -> Any:
+    return field(default=default, metadata=dict(
+        meaning=meaning, must=must, read=read, is_good=is_good))
 
 
-def _good(value: Any, is_good: bool) -> Any:
-    if not is_good:
-        raise ValueError
-    return value
+def _name(default: str, meaning: str, most: int = 255) -> Any:
+    def is_good(value: str) -> bool:
+        fits = 0 < len(value.encode()) <= most
+        has_wildcard = {"*", "#"} & set(value.split("."))   # see "The ladder"
+        return fits and value.isprintable() and not (
+            has_wildcard or value.startswith("amq."))
 
-
-def _name(value: str, most: int = 255) -> str:
-    return _good(value, value.isprintable() and 0 < len(value.encode()) <= most
-                 and not value.startswith("amq.")
-                 and not {"*", "#"} & set(value.split(".")))
+    return _setting(default, meaning, f"printable text of up to {most} bytes, without "
+                    "'amq.' in front or a word * or #", is_good=is_good)
 
 
 def _count(default: int | None, meaning: str, most: int) -> Any:
-    def read(value: int | str) -> int:
-        number = int(str(value))        # by way of text, or 2.5 would become 2
-        return _good(number, 1 <= number <= most)
-
-    return _setting(default, meaning, f"a whole number from 1 to {most}", read)
+    return _setting(default, meaning, f"a whole number from 1 to {most}",
+                    lambda value: int(str(value)),      # int(2.5) would be 2
+                    lambda number: 1 <= number <= most)
 
 
 def _urls(value: str) -> str:
@@ -1878,7 +1929,8 @@ def _url(url: str) -> str:
     try:
         parts = urlsplit(url)
         parts.port
-        _good(url, "@" not in parts.path + parts.query and not parts.fragment)
+        if "@" in parts.path + parts.query or parts.fragment:
+            raise ValueError
     except ValueError:
         raise ValueError(f"the port is no number, or {escaped}") from None
     # As Celery has them: no password means guest's, and // is the virtual host /.
@@ -1902,7 +1954,11 @@ def _modules(value: tuple | str) -> tuple:
     return tuple(name.strip() for name in names if name.strip())
 
 
-NAME = "printable text of up to 255 bytes, without 'amq.' in front or a word * or #"
+def _can_be_written(path: str) -> bool:
+    return not os.path.isdir(path) and (
+        os.access(os.path.dirname(path) or ".", os.W_OK))
+
+
 LEVELS = "DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"
 
 
@@ -1918,22 +1974,19 @@ class OliveAppConfig:
         "the broker, or several, comma-separated; amqps:// for TLS",
         "amqp://user:password@host:port/vhost or amqps://..., or several, separated by "
         "commas", _urls)
-    exchange: str = _setting("Olive.x", "where tasks are sent to", NAME, _name)
-    queue: str = _setting("Olive.q", "where tasks come from",
-                          NAME.replace("255", "214"), lambda value: _name(value, 214))
-    routing_key: str = _setting("Olive.k", "what leads from there to here",
-                                NAME.replace("255", "249"),
-                                lambda value: _name(value, 249))
+    # The names of the queue of calls and of the routing keys are longer by a little.
+    exchange: str = _name("Olive.x", "where tasks are sent to")
+    queue: str = _name("Olive.q", "where tasks come from", 214)
+    routing_key: str = _name("Olive.k", "what leads from there to here", 249)
     queue_arguments: dict = _setting(
         '{"x-queue-type": "quorum"}', "arguments of the queue", "a JSON object",
         lambda value: dict(value if isinstance(value, dict) else json.loads(value)))
-    dead_queue: str = _setting(
-        "Olive.dead", "keeps what cannot be done, with the reason", NAME, _name)
+    dead_queue: str = _name("Olive.dead", "keeps what cannot be done, with the reason")
     tasks: tuple[str, ...] = _setting(
         (), "modules to import, comma-separated", "names of modules", _modules)
     worker: str = _setting(
         "thread", "thread or process, for tasks that do not say", "thread or process",
-        lambda value: _good(value, value in ("thread", "process")))
+        is_good=lambda worker: worker in ("thread", "process"))
     threads: int = _count(20, "size of the thread pool", 10_000)
     processes: int = _count(os.cpu_count() or 1, "size of the process pool; by default "
                             "the number of cores", 1_000)
@@ -1941,22 +1994,21 @@ class OliveAppConfig:
                            "processes)", 65_535)
     task_timeout: float | None = _setting(
         None, "seconds, for tasks that set no limit", "a number of seconds above 0",
-        lambda value: _good(float(value), 0 < float(value) < 1e9))
+        float, lambda seconds: 0 < seconds < 1e9)
     grace: float = _setting(
         30.0, "seconds that a stop waits for what runs", "a number of seconds from 0",
-        lambda value: _good(float(value), 0 <= float(value) < 1e9))
+        float, lambda seconds: 0 <= seconds < 1e9)
     log_level: str = _setting(
         "INFO", "DEBUG has a line for each job", "one of " + ", ".join(LEVELS),
-        lambda value: _good(value.upper(), value.upper() in LEVELS))
+        str.upper, lambda level: level in LEVELS)
     trace: str = _setting(
         "", "file for a timeline of the run, to be opened in Perfetto",
-        "a file that can be written", lambda value: _good(value, not os.path.isdir(
-            value) and os.access(os.path.dirname(value) or ".", os.W_OK)))
+        "a file that can be written", is_good=_can_be_written)
 
     @property
     def urls(self) -> list[str]:
         """The URLs of the brokers to try, in this order."""
-        return [url.strip() for url in self.url.split(",")]
+        return self.url.split(",")
 
     @property
     def counts_returns(self) -> bool:
@@ -1971,6 +2023,8 @@ class OliveAppConfig:
                 continue
             try:
                 value = setting.metadata["read"](value)
+                if not setting.metadata["is_good"](value):
+                    raise ValueError
             except Exception as exc:    # the value of a URL may hold a password
                 shown = f": {exc}" if setting.name == "url" else f", not {value!r:.100}"
                 raise ValueError(f"OLIVE_{setting.name.upper()}: must be "
@@ -2007,13 +2061,17 @@ class OliveAppConfig:
 
 
 def fail(text: str, status: int) -> None:
-    """Say what is wrong in one line and leave."""
+    """Say what is wrong in one line, and leave the program with this exit status."""
     print(f"olive: {text}", file=sys.stderr)
     raise SystemExit(status)
 
 
 # =====================================================================================
 # The command
+#
+# What `python olive_app.py` does with its arguments. The app itself has none: all its
+# settings are variables of the environment, as suits a program that a supervisor
+# starts, and so a program of one's own has the same ones.
 # =====================================================================================
 
 def _settings_help() -> str:
@@ -2047,7 +2105,7 @@ def main(argv: list[str] | None = None) -> None:
     config = replace(config, tasks=("olive_app", *config.tasks))
     if not options.with_broker and not options.demo:
         return OliveOly(config).start()
-    olive_utils = importlib.import_module(_beside("olive_utils"))
+    olive_utils = importlib.import_module(_sibling("olive_utils"))
     try:
         if options.demo:
             return olive_utils.demo(config)
@@ -2064,7 +2122,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(130) from None
 
 
-def _beside(module: str) -> str:
+def _sibling(module: str) -> str:
     """The name of a module of ours, which may have been copied into a package."""
     return f"{__package__}.{module}" if __package__ else module
 
@@ -2072,4 +2130,4 @@ def _beside(module: str) -> str:
 if __name__ == "__main__":
     # As a script this file is the module `__main__`. Task modules and child processes
     # import `olive_app`, and so must we, or there would be two registries.
-    importlib.import_module(_beside("olive_app")).main()
+    importlib.import_module(_sibling("olive_app")).main()
