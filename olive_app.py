@@ -1408,8 +1408,8 @@ class Client:
 
     # A message goes out on the link; the reply comes back to the one who asked:
     #
-    #     ask -> _answers[id] -> send -> publish -> link      (declares what is missing)
-    #     _answers.pop(id)(reply) <- _on_reply <- _listens_on, a channel of the link
+    #     call -> _answers[id] -> send -> publish -> link     (declares what is missing)
+    #     _answers.pop(id) <- _on_reply <- _listens_on, a channel of the link
     #
     # The queue of the replies, `_replies`, is declared when the first reply is wanted,
     # since many a program only sends. After that, each new connection listens again.
@@ -1423,7 +1423,7 @@ class Client:
         self._replies = f"Olive.replies.{uuid.uuid4().hex}"
         self._listens_on: sweepea.Channel | None = None
         self._listening = sweepea.Semaphore(1)      # one task at a time begins to
-        self._answers: dict[str, Callable] = {}     # by id: what takes the reply
+        self._answers: dict[str, Future] = {}       # by id: what gets the reply
         self._gave_up = False       # a reply that nobody waits for may still come
 
     async def call(self, name, args=(), kwargs=None, *, timeout=None, **options) -> Any:
@@ -1433,11 +1433,12 @@ class Client:
         what is raised, are those of `send`. Raises TaskFailed if the job failed, and
         TimeoutError if no answer came in time.
         """
-        ident, answer = str(uuid.uuid4()), Future()
+        ident = str(uuid.uuid4())
+        answer = self._answers[ident] = Future()
         try:
             async with ignore_after(timeout):
-                await self.ask(functools.partial(sweepea._answer, answer), ident, name,
-                               args, kwargs, **options)
+                await self.send(name, args, kwargs, ident=ident, **options,
+                                reply_to=self._replies)
                 reply = await sweepea._future_wait(answer)
                 if reply["status"] == "SUCCESS":
                     return reply["result"]
@@ -1446,20 +1447,6 @@ class Client:
         finally:
             if self._answers.pop(ident, None):
                 self._gave_up = True
-
-    async def ask(self, answer: Callable[[dict], Any], ident: str, *args: Any,
-                  **options: Any) -> None:
-        """Send a message; have `answer(reply)` called when there is a reply.
-
-        reply: a dict, see "Running a job". ident: the id of the job. The other
-        parameters, and what is raised, are those of `send`.
-        """
-        self._answers[ident] = answer
-        try:
-            await self.send(*args, ident=ident, reply_to=self._replies, **options)
-        except Exception:
-            self._answers.pop(ident, None)      # nothing was sent
-            raise
 
     async def send(self, name: str, args=(), kwargs=None, *, countdown=None, eta=None,
                    expires=None, time_limit=None, priority=None, ident=None,
@@ -1542,11 +1529,11 @@ class Client:
 
     def _on_reply(self, channel, _pika_channel, method, properties, body) -> None:
         answer = self._answers.pop(properties.correlation_id, None)
-        if answer is not None:          # else nobody waits for it any more
+        if answer is not None and not answer.done():    # else nobody waits any more
             try:
-                answer(from_json(body.decode()))
-            except ValueError as exc:
-                log.warning("a reply makes no sense: %s", exc)
+                answer.set_result(from_json(body.decode()))
+            except (ValueError, RecursionError) as exc:
+                answer.set_exception(exc)
         channel.basic_ack(method.delivery_tag)
 
     def forget_replies(self) -> None:
@@ -1587,7 +1574,8 @@ class Client:
         try:
             await self.link.run()
         except AMQPError as exc:        # of the first connection; later ones come back
-            self._connected.set_exception(exc)
+            if not self._connected.done():
+                self._connected.set_exception(exc)
 
     async def _on_connect(self, connection, channel: sweepea.Channel) -> None:
         self.connection = connection

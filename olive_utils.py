@@ -40,15 +40,12 @@ from pathlib import Path
 import pika
 
 if __package__:         # the files were copied into a package
-    from . import sweepea
-    from .olive_app import (
-        Client, OliveAppConfig, OliveOly, TaskFailed, call, calls_name, fail,
-        from_json, republished, to_json)
+    from . import olive_app, sweepea
 else:
-    import sweepea
-    from olive_app import (
-        Client, OliveAppConfig, OliveOly, TaskFailed, call, calls_name, fail,
-        from_json, republished, to_json)
+    import olive_app, sweepea
+
+Client, OliveAppConfig = olive_app.Client, olive_app.OliveAppConfig
+TaskFailed, fail = olive_app.TaskFailed, olive_app.fail
 
 
 # =====================================================================================
@@ -136,8 +133,7 @@ def _start_kernel() -> sweepea.Kernel:
 
 async def _client(config: OliveAppConfig | None) -> Client:
     # Without a config the environment is looked at each time: it may have changed.
-    key = repr(config or [os.environ.get(f"OLIVE_{name}") for name in (
-        "URL", "EXCHANGE", "QUEUE", "ROUTING_KEY", "QUEUE_ARGUMENTS")])
+    key = repr(config or [item for item in os.environ.items() if "OLIVE_" in item[0]])
     async with _connecting:
         if key not in _clients:
             settings = config or OliveAppConfig.read(os.environ)
@@ -169,65 +165,48 @@ atexit.register(_close)
 os.register_at_fork(after_in_child=_forget)
 
 
-async def _with_client(config: OliveAppConfig, timeout: float, work, *args):
-    """Run `work(client, *args)` on a connection of its own; return its result."""
-    client, limit = None, max(timeout, 2.0)
-    async with sweepea.ignore_after(limit):
-        client = await Client.open(config)
-    if client is None:
-        raise pika.exceptions.AMQPConnectionError(f"no answer within {limit:g} s")
-    async with aclosing(client):
-        return await work(client, *args)
-
-
 # -- many messages ---------------------------------------------------------------------
 #
-# _send_all spawns a task for each message, _send_one. Meanwhile _send_many takes what
-# comes into the Queue `replies`. The ids of unanswered messages are in `sent_at`.
+# Three kinds of tasks, and what goes between them:
 #
-#     (id, reply)     the app has answered            put there by the Client
-#     (id, reply)     confirmed; none is wanted       put there by _send_one (--no-wait)
-#     (id, error)     the message cannot be sent      put there by _send_one
+#     _send_all ---spawns---> _send_one, for each message
+#         ^                      |      |
+#         +------a permit--------+      +---(outcome, milliseconds)---> _send_many
+#
+# This is the pattern of a limit: a permit is acquired by the task that makes the others
+# and released by each of these when it is done. So never more than LIMIT messages are
+# under way, whatever --count is, and the next one goes out as soon as any is done. Each
+# task that waits takes some kilobytes, and --count may be a million.
 
-async def _send_all(client: Client, options, sent_at: dict, replies) -> None:
-    # This is the pattern of a limit. A permit is acquired here, by the task that makes
-    # the others, and released there, by each of these when it is done. So never more
-    # than 500 messages wait for their confirms, whatever --count is, and the next one
-    # goes out as soon as any of them is done.
-    limit = sweepea.Semaphore(500)
-    for _ in range(options.count):
-        await limit.acquire()
-        await sweepea.spawn(_send_one, client, options, sent_at, replies, limit)
-
-
-async def _send_one(client: Client, options, sent_at: dict, replies, limit) -> None:
-    ident, kernel = str(uuid.uuid4()), await sweepea._get_kernel()
-    sent_at[ident] = time.monotonic()
-    wanted = dict(countdown=options.countdown, expires=options.expires,
-                  time_limit=options.time_limit, priority=options.priority)
-    what = options.task, options.args, options.kwargs
-    try:
-        if options.no_wait:
-            await client.send(*what, ident=ident, **wanted)
-            # No reply is wanted, so the confirm stands in for it.
-            await replies.put((ident, {"status": "SUCCESS"}))
-        else:
-            # A callback cannot await, so it spawns a task that can.
-            await client.ask(lambda reply: kernel._spawn(replies.put((ident, reply))),
-                             ident, *what, **wanted)
-    except Exception as exc:
-        # Nobody awaits this task, so an error goes the way that the replies go.
-        await replies.put((ident, exc))
-    await limit.release()
-
-
+LIMIT = 2000
 CLEAR = "\r\x1b[K"      # tells a terminal to empty the line that the cursor is in
 
 
-async def _next(queue: sweepea.Queue, timeout: float, what: str):
-    """Take the next item of a Queue; if none comes in time, end with exit status 3."""
+async def _send_all(client: Client, options, outcomes: sweepea.Queue) -> None:
+    permits = sweepea.Semaphore(LIMIT)
+    for _ in range(options.count):
+        await permits.acquire()
+        await sweepea.spawn(_send_one, client, options, outcomes, permits)
+
+
+async def _send_one(client: Client, options, outcomes, permits) -> None:
+    do = client.send if options.no_wait else client.call
+    began = time.monotonic()
+    try:
+        outcome = await do(
+            options.task, options.args, options.kwargs, countdown=options.countdown,
+            expires=options.expires, time_limit=options.time_limit,
+            priority=options.priority)
+    except Exception as exc:
+        outcome = exc   # Nobody awaits this task, so an error goes the way of a result.
+    await outcomes.put((outcome, 1000 * (time.monotonic() - began)))
+    await permits.release()
+
+
+async def _soon(coroutine, timeout: float, what: str):
+    """Await what is to come; if it does not come in time, end with exit status 3."""
     async with sweepea.ignore_after(timeout):
-        return await queue.get()
+        return await coroutine
     clear = CLEAR if _columns(sys.stderr) else ""
     print(f"{clear}no {what} within {timeout:g} s", file=sys.stderr)
     raise SystemExit(3)
@@ -237,71 +216,65 @@ async def _send_many(client: Client, options: argparse.Namespace) -> int:
     """Send the messages, print what comes back as it comes; return the exit status."""
     if client.consumers == 0 and not options.no_wait:
         print(f"no app listens on {client.config.queue} yet; waiting", file=sys.stderr)
-    sent_at, screen, replies = {}, _Screen(options), sweepea.Queue()
-    tasks = [await sweepea.spawn(_send_all, client, options, sent_at, replies),
+    screen, outcomes = _Screen(options), sweepea.Queue()
+    tasks = [await sweepea.spawn(_send_all, client, options, outcomes),
              await sweepea.spawn(screen.keep_drawing)]
     try:
         while len(screen.latencies) < options.count:
-            ident, reply = await _next(replies, options.timeout, "answer")
-            if isinstance(reply, Exception):
+            outcome, latency = await _soon(outcomes.get(), options.timeout, "answer")
+            if isinstance(outcome, Exception) and not isinstance(outcome, TaskFailed):
                 # If nothing came back, there is nothing to tell but what is wrong.
                 screen.quiet = screen.quiet or not screen.latencies
-                raise reply
-            # At-least-once means that a job may run twice, and then it answers twice.
-            if ident not in sent_at:
-                continue
-            screen.latencies.append(1000 * (time.monotonic() - sent_at.pop(ident)))
-            if reply["status"] == "SUCCESS":
-                result = ident if options.no_wait else to_json(reply["result"])
-                screen.show(result, sys.stdout)
-            else:
+                raise outcome
+            screen.latencies.append(latency)
+            if isinstance(outcome, TaskFailed):
                 screen.failed += 1
-                error = _plain(reply["traceback"] or TaskFailed(reply))
-                screen.show(error.strip(), sys.stderr)
+                screen.show(_plain(outcome.traceback or outcome).strip(), sys.stderr)
+            else:
+                result = outcome if options.no_wait else olive_app.to_json(outcome)
+                screen.show(result, sys.stdout)
     finally:        # after Ctrl-C, and when no answer came in time, too
         for task in tasks:
             await task.cancel()
-        screen.draw(screen.summary(), end="\n")
+        screen.end()
     return 1 if screen.failed else 0
 
 
 class _Screen:
     """What came back so far, and what a user sees of that while messages are sent.
 
-    On a terminal a line of progress stands below the results. So what is printed there
-    is held back until the line is drawn anew, or the line would be torn.
+    On a terminal a line of progress stands below the results:
+
+        "fine"
+        "fine"
+        2/300 [##--------------------------------] 10.0/s 0:29 left
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.latencies, self.failed, self.total = [], 0, options.count  # milliseconds
         self.began, self.quiet = time.monotonic(), options.quiet or options.count == 1
         self.redraws = not self.quiet and _columns(sys.stderr) > 0
-        self.held: list[tuple] = []
 
     def show(self, text: str, file) -> None:
-        """Print a result or an error: now, or when the line is drawn anew."""
-        if self.redraws and file.isatty():
-            self.held.append((text, file))
-        else:
-            # Whoever reads the results through a pipe gets each of them at once.
-            print(text, file=file, flush=True)
+        """Print a result or an error, above the line of progress."""
+        self.draw("")
+        # Whoever reads the results through a pipe gets each of them at once.
+        print(text, file=file, flush=True)
+        self.draw(self.progress())
 
-    def draw(self, line: str, end: str) -> None:
-        """Print what was held back, then a line in the place of the one before."""
-        if self.quiet:
-            return
+    def draw(self, line: str) -> None:
+        """On a terminal: put a line in the place of the one that the cursor is in."""
         if self.redraws:
-            print(CLEAR, end="", file=sys.stderr, flush=True)
-        for text, file in self.held:
-            print(text, file=file, flush=True)
-        self.held.clear()
-        print(line, end=end, file=sys.stderr, flush=True)
+            print(CLEAR + line, end="", file=sys.stderr, flush=True)
 
     async def keep_drawing(self) -> None:
-        """Draw the line of progress again and again."""
-        while True:
+        """Tell the progress again and again, also if nothing comes back."""
+        while not self.quiet:
             await sweepea.sleep(0.2 if self.redraws else 5)
-            self.draw(self.progress(), end="" if self.redraws else "\n")
+            if self.redraws:
+                self.draw(self.progress())
+            else:
+                print(self.progress(), file=sys.stderr, flush=True)
 
     def progress(self) -> str:
         """How much came back: a line that fits the terminal."""
@@ -317,8 +290,11 @@ class _Screen:
         bar = "#" * (room * done // self.total)
         return (before + bar.ljust(room, "-") + after)[:most]
 
-    def summary(self) -> str:
-        """What came back, and how fast."""
+    def end(self) -> None:
+        """Say what came back, and how fast, in the place of the progress."""
+        self.draw("")
+        if self.quiet:
+            return
         done, seconds = len(self.latencies), time.monotonic() - self.began
         text = f"{done - self.failed} ok, {self.failed} failed"
         if done < self.total:
@@ -330,7 +306,7 @@ class _Screen:
             p50, p99 = (ranked[math.ceil(done * part / 100) - 1] for part in (50, 99))
             text += (f": {done / seconds:.0f} tasks/s, latency p50 {p50:.1f} ms, "
                      f"p99 {p99:.1f} ms")
-        return text
+        print(text, file=sys.stderr)
 
 
 def _columns(stream) -> int:
@@ -351,10 +327,10 @@ async def _dead_letters(client: Client, options: argparse.Namespace) -> int:
     """List the dead queue, or send back to work what lies in it now; or the one message
     whose id was given. Return the exit status."""
     wanted, found = options.dead or options.replay, 0       # an id; True is for all
-    queue, channel = client.config.dead_queue, await client.connection.channel()
+    queue, columns = client.config.dead_queue, _columns(sys.stdout)
+    channel, kernel = await client.connection.channel(), await sweepea._get_kernel()
     declared = await channel.call("queue_declare", queue, passive=True)
     count, letters = declared.method.message_count, sweepea.Queue()
-    kernel = await sweepea._get_kernel()
     # What is listed is not acknowledged: the broker takes it back when the channel
     # closes. So the window has to hold the whole queue. One consumer can ask for 65,535
     # messages at most, hence a longer queue has several consumers. To ask for no limit
@@ -363,9 +339,9 @@ async def _dead_letters(client: Client, options: argparse.Namespace) -> int:
     for _ in range(0, count, 65_535):
         await channel.call("basic_consume", queue, lambda *delivery:
                            kernel._spawn(letters.put(delivery)))
-    columns = _columns(sys.stdout)
     for _ in range(count):
-        _, method, properties, body = await _next(letters, options.timeout, "message")
+        _, method, properties, body = await _soon(
+            letters.get(), options.timeout, "message")
         headers = properties.headers or {}
         letter = {name.removeprefix("x-olive-"): headers.get(name) for name in (
             "x-olive-when", "x-olive-reason", "task", "id", "x-olive-error")}
@@ -377,7 +353,7 @@ async def _dead_letters(client: Client, options: argparse.Namespace) -> int:
             # The message goes back as if it had never been tried.
             properties.headers = {name: headers[name] for name in headers
                                   if not str(name).startswith("x-olive-")}
-            await client.publish(body, republished(properties, retries=0))
+            await client.publish(body, olive_app.republished(properties, retries=0))
             channel.basic_ack(method.delivery_tag)
             continue
         if columns and wanted is True and found == 1:
@@ -392,7 +368,7 @@ async def _dead_letters(client: Client, options: argparse.Namespace) -> int:
     if options.replay:
         print(found, "sent back to work", file=sys.stderr)
     elif wanted is True:
-        print(f"{count} dead" if count else f"{queue} is empty", file=sys.stderr)
+        print(found, "dead", file=sys.stderr)
     return 0
 
 
@@ -400,6 +376,7 @@ def _shown(letter: dict, columns: int) -> str:
     """A message of the dead queue, as JSON; on a terminal of so many columns as a row
     of a table or, if it has its headers with it, in full."""
     if not columns:
+        del letter["when"]      # of a message in full, its headers tell that
         return json.dumps(letter, default=str)
     if "headers" in letter:
         body, trace = letter.pop("body"), letter["headers"].pop("x-olive-traceback", "")
@@ -423,8 +400,8 @@ def _argument(text: str) -> tuple:
         name, value = None, text
     with suppress(ValueError, RecursionError):      # What is not JSON stays a text.
         # Python reads 1e999 as a number, but JSON has no such number.
-        to_json(from_json(value))
-        value = from_json(value)
+        olive_app.to_json(olive_app.from_json(value))
+        value = olive_app.from_json(value)
     return name, value
 
 
@@ -470,28 +447,22 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def _run(corofunc, *args):
-    """Run `corofunc(*args)` on a kernel; Ctrl-C cancels it.
+async def _command(config: OliveAppConfig, options: argparse.Namespace) -> None:
+    """Do what the command line asks for; end the program with the exit status."""
+    work, limit = _send_many, max(options.timeout, 2.0)
+    if options.dead or options.replay:
+        work = _dead_letters
+    client = await sweepea.ignore_after(limit, Client.open, config)
+    if client is None:
+        raise pika.exceptions.AMQPConnectionError(f"no answer within {limit:g} s")
+    async with aclosing(client):
+        raise SystemExit(await work(client, options))
 
-    Raises KeyboardInterrupt then, once all has come to its end. Python itself would do
-    so at once, in the midst of the kernel, or of a frame that pika writes.
-    """
-    async def obey(incoming, main) -> None:
-        await incoming.get()
-        await main.cancel(blocking=False)
 
-    async def watched(incoming):
-        await sweepea.spawn(obey, incoming, await sweepea.current_task())
-        return await corofunc(*args)
-
-    with sweepea.signals(signal.SIGINT) as incoming:
-        for number in incoming.numbers:
-            # A second Ctrl-C ends the program at once, whatever it hangs in.
-            signal.signal(number, lambda *_: signal.signal(number, signal.SIG_DFL))
-        try:
-            return sweepea.run(watched, incoming)
-        except sweepea.TaskCancelled:
-            raise KeyboardInterrupt from None
+async def _interrupted(came: sweepea.signals) -> None:
+    """Wait for Ctrl-C; then end the program, once `_command` has had its say."""
+    await came.get()
+    raise SystemExit(130)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -504,9 +475,13 @@ def main(argv: list[str] | None = None) -> None:
     options, config = _parse(argv), OliveAppConfig.from_env()
     # What pika reports comes as an exception, too, and is said once, below.
     logging.getLogger("pika").setLevel(logging.CRITICAL)
-    work = _dead_letters if options.dead or options.replay else _send_many
     try:
-        raise SystemExit(_run(_with_client, config, options.timeout, work, options))
+        # Python would raise KeyboardInterrupt in the midst of the kernel, or of a frame
+        # that pika writes. A second Ctrl-C ends the program, whatever it hangs in.
+        with sweepea.signals(signal.SIGINT) as came:
+            for number in came.numbers:
+                signal.signal(number, lambda *_: signal.signal(number, signal.SIG_DFL))
+            sweepea.run(sweepea.gather(_command(config, options), _interrupted(came)))
     except pika.exceptions.UnroutableError:
         fail(f"no queue is bound to {config.exchange} with the key {config.routing_key}"
              ": does the app run?", 4)
@@ -519,8 +494,6 @@ def main(argv: list[str] | None = None) -> None:
     except pika.exceptions.AMQPError as exc:
         fail(f"no broker, or not as expected: {sweepea.describe(exc)}. Start the app "
              "(python olive_app.py --with-broker), or set OLIVE_URL", 4)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
     except BrokenPipeError:
         # `| head` has read enough. An orderly end would try again to write the rest.
         os._exit(1)
@@ -530,18 +503,16 @@ def main(argv: list[str] | None = None) -> None:
 # 2. The demo
 # =====================================================================================
 
+def _connect(config: OliveAppConfig) -> pika.BlockingConnection:
+    return pika.BlockingConnection([pika.URLParameters(url) for url in config.urls])
+
+
 def is_reachable(config: OliveAppConfig) -> bool:
     """Whether a broker takes us at one of the URLs."""
-    async def connect() -> None:
-        connection = await sweepea.Connection.open(config.urls)
-        await connection.close()
-
     logging.getLogger("pika").setLevel(logging.CRITICAL)
-    try:
-        _run(connect)
+    with suppress(pika.exceptions.AMQPError), closing(_connect(config)):
         return True
-    except pika.exceptions.AMQPError:
-        return False
+    return False
 
 
 def demo(config: OliveAppConfig) -> None:
@@ -557,32 +528,28 @@ def demo(config: OliveAppConfig) -> None:
             await _show(*job)
         app.stop()
 
-    async def delete() -> None:
-        connection = await sweepea.Connection.open(config.urls)
-        channel = await connection.channel()
-        for queue in app.config.queue, calls_name(app.config.queue), (
-                app.config.dead_queue):
-            await channel.call("queue_delete", queue)
-        await channel.call("exchange_delete", app.config.exchange)
-        await connection.close()
-
     if not is_reachable(config):
         what = "no RabbitMQ takes us there: starting a private one ..."
         with private_broker(say=what) as broker:
             return demo(replace(config, url=broker.url))
     name = f"Olive.demo.{uuid.uuid4().hex[:8]}"
     # The task that fails on purpose would be a warning between the results.
-    app = OliveOly(replace(config, exchange=f"{name}.x", queue=f"{name}.q",
-                           dead_queue=f"{name}.dead", log_level="CRITICAL"))
+    app = olive_app.OliveOly(replace(
+        config, exchange=f"{name}.x", queue=f"{name}.q", dead_queue=f"{name}.dead",
+        log_level="CRITICAL"))
     app.start(show_all)
-    _run(delete)
+    with closing(_connect(config)) as connection:
+        channel = connection.channel()
+        for queue in f"{name}.q", olive_app.calls_name(f"{name}.q"), f"{name}.dead":
+            channel.queue_delete(queue)
+        channel.exchange_delete(f"{name}.x")
 
 
 async def _show(name: str, args: list, countdown=None) -> None:
     """Call a task, print the call, what came back, and how long it took."""
     began = time.monotonic()
     try:
-        answer = await call(name, args, timeout=30, countdown=countdown)
+        answer = await olive_app.call(name, args, timeout=30, countdown=countdown)
     except (TaskFailed, TimeoutError) as exc:
         answer = f"failed: {exc}"
     shown = ", ".join(map(repr, args)) + (f", {countdown=}" if countdown else "")

@@ -64,6 +64,226 @@ logging.getLogger("pika").setLevel(logging.CRITICAL)
 # What the tests share
 # =====================================================================================
 
+# The module of tasks that apps under test load; what they do goes to the file RECORD.
+TASKS = '''
+import ctypes, itertools, logging, os, resource, signal, threading, time
+import sweepea
+from olive_app import TaskFailed, call, job, send, task
+
+class Mute(Exception):
+    def __str__(self): raise RuntimeError("mute")
+    def __reduce__(self): raise TypeError("no pickle")
+
+class Odd(Exception): pass
+
+def odd():
+    exc = Odd("odd")
+    exc.cannot_be_pickled = lambda: None
+    return exc
+
+def deep(): return deep() + 1
+
+def mark(*what):
+    line = (" ".join(map(str, what)) + "\\n").encode()
+    fd = os.open(os.environ["RECORD"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(fd, line)
+    os.close(fd)
+
+def wait(seconds):
+    # A text is the name of a file to wait for.
+    if isinstance(seconds, str):
+        while not os.path.exists(seconds): time.sleep(0.01)
+    else:
+        time.sleep(seconds)
+
+def act(what, *args):
+    if what == "raise":
+        raise {"error": ValueError("wrong", 1), "exit": SystemExit(3), "mute": Mute(),
+               "interrupt": KeyboardInterrupt("^C"), "odd": odd(), "long":
+               ValueError("x" * 1_000_000 + "end"), "surrogate": ValueError("\\ud800"),
+               "cancelled": sweepea.TaskCancelled("me"), "generator": GeneratorExit(),
+               "stop": StopIteration(5)}[args[0]]
+    if what == "deep": return deep()
+    if what == "return": return args[0]
+    if what == "object": return object()
+    if what == "nan": return float("nan")
+    if what == "huge": return "x" * (16 << 20)
+    if what == "nested":
+        result = []
+        for _ in range(100_000): result = [result]
+        return result
+    if what == "note": note(args[0])
+    if what == "job": return [*job()[:3], job().sent and job().sent.isoformat()]
+    if what == "pid": return os.getpid()
+    if what == "log": logging.warning("%s in %d", args[0], os.getpid())
+    if what == "files": os.closerange(3, 200)
+    if what == "fork":
+        mark("parent" if os.fork() else "child", os.getpid())
+        time.sleep(60)
+    if what == "hang":
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(3600)
+
+def note(path):
+    with open(path, "a") as file:
+        file.write("tried\\n")
+    return open(path).read().count("tried")
+
+@task(retry_delay=0.05)
+def in_thread(*args): return act(*args)
+
+@task(worker="process", retry_delay=0.05)
+def in_process(*args): return act(*args)
+
+@task
+async def in_coroutine(*args):
+    if args[0] == "hang": await sweepea.sleep(3600)
+    return act(*args)
+
+@task
+def echo(*args, **kwargs): return [list(args), kwargs]
+
+@task(retries=2, retry_delay=0.1)
+def flaky(path, good):
+    tries = note(path)
+    if tries < good: raise RuntimeError(f"try {tries}")
+    return tries
+
+@task(timeout=0.2)
+async def strict(): await sweepea.sleep(3600)
+
+@task(timeout=3600)
+async def lax(): await sweepea.sleep(3600)
+
+@task
+async def stubborn():
+    while True:
+        try: await sweepea.sleep(3600)
+        except GeneratorExit: raise
+        except BaseException: pass
+
+@task
+async def blocks(): time.sleep(0.7)
+
+@task
+def work(i, seconds=0):
+    mark("start", i)
+    wait(seconds)
+    mark("done", i)
+    return i
+
+@task(worker="process", timeout=3600, retries=2)
+def pwork(i, seconds=0):
+    mark("pid", os.getpid())
+    return work(i, seconds)
+
+@task
+async def cowork(i, seconds=0):
+    mark("start", i)
+    await sweepea.sleep(seconds)
+    mark("done", i)
+    return i
+
+@task(timeout=0.3)
+def slow(): time.sleep(1)
+
+@task(retries=3, retry_delay=1.0)
+def third_time(i):
+    mark("start", i)
+    if open(os.environ["RECORD"]).read().split("\\n").count(f"start {i}") < 3:
+        raise OSError("not yet")
+    mark("done", i)
+    return i
+
+@task(retries=1, retry_delay=0.1)
+def never():
+    mark("pid", os.getpid())
+    raise ValueError("again")
+
+@task(retries=9, retry_delay=60)
+def much_later(): raise ValueError("on purpose")
+
+@task
+def fails(i, seconds=0):
+    mark("start", i)
+    wait(seconds)
+    mark("failed", i)
+    raise ValueError(i)
+
+numbers = itertools.count(1)
+
+@task
+async def uneven(seconds=0):
+    await sweepea.sleep(seconds)
+    if next(numbers) % 7 == 0:
+        mark("failed", "uneven")
+        raise ValueError("a seventh \\x1b[2J\\x9b2J")
+    mark("done", "uneven")
+    return "fine"
+
+def abort(i):
+    mark("start", i)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.abort()
+
+task("abort0")(abort)
+task("abort3", retries=3, retry_delay=0.1)(abort)
+
+@task(worker="process")
+def die(i, how):
+    mark("start", i)
+    if how == "segfault": ctypes.string_at(0)
+    if how == "exit": os._exit(3)
+    if how == "killed": os.kill(os.getpid(), signal.SIGKILL)
+    if how == "nameless": os.kill(os.getpid(), 35)
+    if how == "memory":
+        used = int(open("/proc/self/statm").read().split()[0]) * 4096
+        resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), used + (64 << 20)))
+        bytearray(1 << 30)
+
+@task
+def spin(i, seconds):
+    mark("start", i)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end: pass
+    mark("done", i)
+    return i
+
+@task
+async def sum_up(depth):
+    mark("begin", depth)
+    if depth == 0: return 1
+    return sum(await sweepea.gather(*[call("sum_up", [depth - 1]) for _ in range(3)]))
+
+@task(timeout=3600)
+async def tell(what, *args):
+    if what == "value": return await call("work", [args[0]])
+    if what == "send": return await send("work", [args[0]])
+    if what == "timeout": return await call("hold", timeout=0.1)
+    if what == "expired": return await call("work", [1], expires=-1)
+    if what == "failure":
+        try: await call("in_thread", ["raise", "error"], retries=1) if args else \
+            await call("in_thread", ["raise", "error"])
+        except TaskFailed as exc:
+            return [exc.exc_type, exc.text, "act(" in exc.traceback]
+
+@task
+def hold(): return work("held", os.environ["RECORD"] + ".go")
+
+@task
+async def caller(): return await call("hold")
+
+@task(timeout=0.3)
+async def hasty(): return await call("hold")
+
+@task
+def threaded(x):
+    from olive_utils import call_task
+    return call_task("work", [x])
+'''
+
+
 @pytest.fixture(scope="session", autouse=True)
 def house(tmp_path_factory):
     """A folder with the program alone: beside the tests may lie modules of the user's.
@@ -74,6 +294,7 @@ def house(tmp_path_factory):
     HOUSE = tmp_path_factory.mktemp("house")
     for name in "sweepea.py", "olive_app.py", "olive_utils.py":
         shutil.copy(HERE / name, HOUSE)
+    (HOUSE / "testtasks.py").write_text(TASKS)
 
 
 @pytest.fixture(autouse=True)
@@ -118,10 +339,15 @@ class Client:
 
     def __init__(self, url: str, name: str) -> None:
         self.parameters = pika.URLParameters(url)
-        self.config = {"OLIVE_URL": url, "OLIVE_EXCHANGE": f"{name}.x",
-                       "OLIVE_QUEUE": f"{name}.q", "OLIVE_DEAD_QUEUE": f"{name}.dead"}
         self.queue, self.dead_queue = f"{name}.q", f"{name}.dead"
-        self.exchange = f"{name}.x"
+        self.exchange, self.calls = f"{name}.x", f"{name}.q.calls"
+        self.record = HOUSE / f"{name}.record"          # what the tasks have done
+        self.record.write_text("")
+        self.go = HOUSE / f"{name}.record.go"           # what some of them wait for
+        self.go.unlink(missing_ok=True)
+        self.config = {"OLIVE_URL": url, "OLIVE_EXCHANGE": self.exchange,
+                       "OLIVE_QUEUE": self.queue, "OLIVE_DEAD_QUEUE": self.dead_queue,
+                       "OLIVE_TASKS": "testtasks", "RECORD": str(self.record)}
         self.connect()
 
     def connect(self):
@@ -136,7 +362,8 @@ class Client:
         ident = headers.get("id") or str(uuid.uuid4())
         if body is None:
             body = json.dumps([list(args), kwargs or {}, embed or {
-                "callbacks": None, "errbacks": None, "chain": None, "chord": None}])
+                "callbacks": None, "errbacks": None, "chain": None, "chord": None}],
+                default=str)
         fields = {"content_type": "application/json", "content_encoding": "utf-8",
                   "delivery_mode": 2, "correlation_id": ident, "reply_to": self.replies,
                   "headers": {"task": task, "id": ident, **headers},
@@ -158,9 +385,14 @@ class Client:
 
         return wait_until(taken, 20, f"something in {queue}")
 
-    def count(self, queue):
+    def count(self, queue, what="message_count"):
         """How many messages are ready in a queue."""
-        return self.channel.queue_declare(queue, passive=True).method.message_count
+        return getattr(self.channel.queue_declare(queue, passive=True).method, what)
+
+    def marks(self, kind):
+        """What was recorded under this word, in order."""
+        return [line.split(" ", 1)[1] for line in self.record.read_text().splitlines()
+                if line.startswith(kind + " ")]
 
     def close(self):
         with suppress(pika.exceptions.AMQPError):
@@ -267,7 +499,7 @@ def client(broker):
     client.close()
     # Each quorum queue holds files of the broker's, which are not without end.
     connection = pika.BlockingConnection(client.parameters)
-    for queue in client.queue, f"{client.queue}.calls", client.dead_queue:
+    for queue in client.queue, client.calls, client.dead_queue:
         connection.channel().queue_delete(queue)
     connection.close()
 
@@ -820,16 +1052,14 @@ async def test_a_bounded_queue_makes_put_wait_and_keeps_the_order():
     await waiting(queue.get)
 
 
-async def test_gather_keeps_the_order():
+
+
+
+async def test_gather_keeps_the_order_and_a_failure_or_a_cancellation_cancels_all():
     async def late(seconds):
         await sleep(seconds)
         return seconds
 
-    assert await gather(late(0.03), late(0.01), late(0.02)) == [0.03, 0.01, 0.02]
-    assert await gather() == []
-
-
-async def test_the_first_failure_or_a_cancellation_cancels_all_that_was_gathered():
     async def waits():
         try:
             await forever()
@@ -841,6 +1071,8 @@ async def test_the_first_failure_or_a_cancellation_cancels_all_that_was_gathered
         await sleep(0.01)
         raise KeyError("first")
 
+    assert await gather(late(0.03), late(0.01), late(0.02)) == [0.03, 0.01, 0.02]
+    assert await gather() == []
     ended, kernel = [], await trap("trap_get_kernel")
     with pytest.raises(KeyError, match="first"):
         await timeout_after(20, gather(waits(), fails(), waits()))
@@ -1477,6 +1709,13 @@ async def length(channel, queue):
     return declared.method.message_count
 
 
+async def test_a_connection_that_fails_names_host_and_port():
+    for url, where in (DEAD, "127.0.0.1:1"), ("amqp://nowhere.invalid:7", "invalid:7"):
+        with pytest.raises(pika.exceptions.AMQPConnectionError, match=where) as caught:
+            await sweepea.Connection.open([url])
+        assert str(caught.value).rstrip(": ") != where
+
+
 async def test_every_waiter_learns_that_channel_or_connection_was_closed(broker):
     connection, channel = await connect(broker)
     tasks = [await spawn(length, channel, name) for name in ("no-such-queue", "no")]
@@ -1827,7 +2066,8 @@ async def test_a_process_may_start_processes_and_they_go_with_it(how, tmp_path):
             raise await ended(task)
     else:
         await task.cancel()
-    await until(lambda: gone({worker, *[int(path.name) for path in tmp_path.iterdir()]}))
+    pids = {int(path.name) for path in tmp_path.iterdir()}
+    await until(lambda: gone({worker} | pids))
     assert await run_in_process(double, 4) == 8
 
 
@@ -1886,28 +2126,141 @@ if __name__ == '__main__':
         wait_until(lambda: gone(children), what="the children are gone")
 
 
-def test_a_program_knows_whether_it_is_a_worker_process(tmp_path):
-    """Even while its main module is being imported, and without multiprocessing."""
-    (tmp_path / "who.py").write_text("""
-import sys, sweepea
-print(sweepea.in_worker(), flush=True)
-if not sweepea.in_worker():
-    assert "multiprocessing" not in sys.modules
-    print(sweepea.run(sweepea.run_in_process, sweepea.in_worker))
+# =====================================================================================
+# Registering tasks
+# =====================================================================================
+
+def test_task_registers_a_function_and_leaves_it_callable(monkeypatch):
+    monkeypatch.setattr(olive_app, "TASKS", {})
+
+    @olive_app.task
+    def plain(x):
+        return x + 1
+
+    @olive_app.task()
+    def called(): ...
+
+    @olive_app.task("first", worker="process", timeout=3, retries=4, retry_delay=0.5)
+    def one(): ...
+
+    @olive_app.task(name="second")
+    async def two(): ...
+
+    assert plain(1) == 2
+    assert olive_app.TASKS == {
+        "plain": olive_app.OliveTask(plain, None, None, 0, 1.0),
+        "called": olive_app.OliveTask(called, None, None, 0, 1.0),
+        "first": olive_app.OliveTask(one, "process", 3, 4, 0.5),
+        "second": olive_app.OliveTask(two, None, None, 0, 1.0)}
+    with pytest.raises(ValueError, match="two tasks of the name 'plain'"):
+        olive_app.task(name="plain")(len)
+    with pytest.raises(ValueError, match="must be 'thread' or 'process', not 'fiber'"):
+        olive_app.task(worker="fiber")
+
+
+@pytest.mark.parametrize("text, said", [
+    (None, "ModuleNotFoundError: No module named 'missing'"),
+    ("1 / 0", "ZeroDivisionError: division by zero"), ("def", "SyntaxError: "),
+    ("@task\ndef add(): ...", "ValueError: there are two tasks of the name 'add'")])
+def test_a_task_module_that_cannot_be_imported(text, said, tmp_path):
+    app = App(tasks_module(tmp_path, text) if text else {"OLIVE_TASKS": "missing"})
+    assert app.wait() == 2
+    module = "mytasks" if text else "missing"
+    assert app.log.startswith(f"olive: OLIVE_TASKS: {module}: ") and said in app.log
+    assert len(app.lines) == 1
+
+
+# -- whose task is it? -----------------------------------------------------------------
+
+UNGUARDED = """
+import os, testtasks
+from olive_app import OliveAppConfig, OliveOly, task
+
+def number(): return os.getpid()
+
+task("mine", worker="process")(number)
+task("ours")(number)
+
+async def beside(): print("beside it runs this")
+
+OliveOly(OliveAppConfig.from_env()).start(beside)
+"""
+
+GUARDED = """
+from olive_app import OliveAppConfig, OliveOly, task
+
+def main():
+    import testtasks
+    OliveOly(OliveAppConfig.from_env()).start()
+
+if __name__ == "__main__":
+    @task(worker="process")
+    def under_the_guard(): pass
+
+    main()
+"""
+
+@pytest.mark.parametrize("how", ["unguarded", "inside", "module"])
+def test_a_process_task_may_be_anywhere(how, client, tmp_path):
+    (tmp_path / "own.py").write_text(UNGUARDED if how == "unguarded" else GUARDED)
+    trace = tmp_path / "trace"
+    config = {**client.config, "PYTHONPATH": f"{tmp_path}:{HOUSE}",
+              "OLIVE_TRACE": str(trace), "OLIVE_PROCESSES": "2", "OLIVE_TASKS": ""}
+    script, argv = ("-m", ["own"]) if how == "module" else (tmp_path / "own.py", [])
+    with running(config, *argv, script=script) as app:
+        client.send("in_process", ["pid"])
+        assert client.reply()["result"] in app.children()
+        if how == "unguarded":
+            client.send("mine", [])
+            assert client.reply()["result"] in app.children()
+            app.wait_for("beside it runs this")
+            client.send("ours", [])
+            assert client.reply()["result"] == app.process.pid
+            client.send("add")      # the demo tasks are only in olive_app.py itself
+            assert client.reply()["result"]["exc_type"] == "NotRegistered"
+        if how == "inside":
+            client.send("under_the_guard", [])
+            text, = client.reply()["result"]["exc_message"]
+            assert "define it at the top level of a module" in text
+            assert "__main__" in text and buried(client, "unknown-task")
+        app.stop()
+    assert app.log.count("waiting for tasks") == 1
+    assert json.loads(trace.read_text())
+
+
+@pytest.mark.parametrize("module", ["shop.vendor.olive_app", "shop.run"])
+def test_the_files_may_be_copied_into_a_package(module, client, tmp_path):
+    vendor = tmp_path / "shop" / "vendor"
+    vendor.mkdir(parents=True)
+    for name in "sweepea.py", "olive_app.py", "olive_utils.py":
+        shutil.copy(HERE / name, vendor)
+    (tmp_path / "shop" / "tasks.py").write_text("""
+import os
+from .vendor.olive_app import call, task
+
+@task(worker="process")
+def mine(x): return [x, os.getpid()]
+
+@task
+async def calls(x): return await call("mine", [x])
 """)
-    done = python({}, tmp_path / "who.py")
-    assert done.stdout == "False\nTrue\nTrue\n", done.stderr
-
-
-async def test_what_a_call_says_of_itself():
-    """In which process it runs; in which thread it ran, when, and what the log says."""
-    pool, pids = await pool_of(sweepea.ProcessPool, 1), []
-    async with pool.slots:
-        assert pids == [] and [await pool.call(os.getpid, (), begins=pids.append)] == pids
-    call = sweepea.Call(await pool_of(sweepea.ThreadPool, 1), threading.get_ident, ())
-    before = await clock()
-    assert await call.run() == call.thread != threading.get_ident()
-    assert before <= call.began <= call.ended <= await clock()
+    (tmp_path / "shop" / "run.py").write_text("""
+from .vendor.olive_app import OliveAppConfig, OliveOly
+from . import tasks
+OliveOly(OliveAppConfig.from_env()).start()
+""")
+    config = {**client.config, "PYTHONPATH": str(tmp_path)}
+    if "vendor" in module:
+        config["OLIVE_TASKS"] = "shop.tasks"
+    with running(config, module, script="-m") as app:
+        sent = python(config, "-m", "shop.vendor.olive_utils", "calls", "5")
+        assert sent.stderr == ""
+        number, pid = json.loads(sent.stdout)
+        assert number == 5 and pid in app.children()
+        done = python(config, "-c", "from shop.vendor.olive_utils import call_task\n"
+                      "print(call_task('mine', [6])[0])")
+        assert (done.stdout, done.stderr) == ("6\n", "")
+        app.stop()
 
 
 # =====================================================================================
@@ -1961,6 +2314,35 @@ def test_a_setting_that_makes_no_sense_is_one_line(variable, values, capsys):
         assert "secret" not in err
 
 
+@pytest.mark.parametrize("url, said", [
+    ("http://localhost", "begins otherwise"), ("amqp://u:p#word@h", "%23 for #"),
+    ("amqp://u:p/word@h", "%2F for /"), ("amqp://u:5/word@h", "%2F for /"),
+    ("amqp://u:p,word@h", "%2C for ,"), ("amqp://u:p@h:port/", "port is no number"),
+    ("amqp://u:p@h:99999/", "port is no number"), ("amqp://u:p@[::1/", "is no number"),
+    ("amqp://u:p@h/?hartbeat=3", "Unknown URL parameter: 'hartbeat'"),
+    ("amqp://u:p@h/?heartbeat=soon", "Invalid heartbeat"),
+    ("amqps://u:p@h/?ssl_options={'cafile':'/none'%2C'password':'word'}",
+     "a file that ssl_options names: No such file or directory"),
+    ("amqps://u:p@h/?ssl_options={'password':'word'", "ssl_options is no dict")])
+def test_a_url_that_is_wrong_says_why(url, said):
+    with pytest.raises(ValueError, match="OLIVE_URL: must be amqp://.*: ") as caught:
+        OliveAppConfig(url=url)
+    assert said in str(caught.value) and "word" not in (
+        str(caught.value).replace("in a password", "").replace("user:password", ""))
+
+
+@pytest.mark.parametrize("given, host, port, vhost, user, password", [
+    ("amqp://guest@localhost//", "localhost", 5672, "/", "guest", "guest"),
+    ("amqp://me:%2Fp%23@h:5673//", "h", 5673, "/", "me", "/p#"),
+    ("amqp://localhost", "localhost", 5672, "/", "guest", "guest"),
+    ("amqp://u:p@h/shop?heartbeat=5", "h", 5672, "shop", "u", "p")])
+def test_urls_may_be_as_celery_has_them(given, host, port, vhost, user, password):
+    parameters = pika.URLParameters(OliveAppConfig(url=given).urls[0])
+    assert (parameters.host, parameters.port, parameters.virtual_host) == (
+        host, port, vhost)
+    assert parameters.credentials == pika.PlainCredentials(user, password)
+
+
 def test_readme_and_help_have_the_settings_as_they_are():
     rows = {}
     for line in (HERE / "README.md").read_text().splitlines():
@@ -2000,184 +2382,188 @@ def test_help_and_version_and_a_bad_setting(script):
 
 
 # =====================================================================================
-# Registering tasks
+# Starting
 # =====================================================================================
 
-def test_task_registers_a_function_and_leaves_it_callable(monkeypatch):
-    monkeypatch.setattr(olive_app, "TASKS", {})
-
-    @olive_app.task
-    def plain(x):
-        return x + 1
-
-    @olive_app.task()
-    def called(): ...
-
-    @olive_app.task("first", worker="process", timeout=3, retries=4, retry_delay=0.5)
-    def one(): ...
-
-    @olive_app.task(name="second")
-    async def two(): ...
-
-    assert plain(1) == 2
-    assert olive_app.TASKS == {
-        "plain": olive_app.OliveTask(plain, None, None, 0, 1.0),
-        "called": olive_app.OliveTask(called, None, None, 0, 1.0),
-        "first": olive_app.OliveTask(one, "process", 3, 4, 0.5),
-        "second": olive_app.OliveTask(two, None, None, 0, 1.0)}
-    with pytest.raises(ValueError, match="two tasks of the name 'plain'"):
-        olive_app.task(name="plain")(len)
-    with pytest.raises(ValueError, match="must be 'thread' or 'process', not 'fiber'"):
-        olive_app.task(worker="fiber")
+def test_a_broker_that_cannot_be_reached():
+    with running({"OLIVE_URL": DEAD}, ready="no connection to the broker") as app:
+        began = time.monotonic()
+        app.signal()
+        assert app.wait(10) == 0 and time.monotonic() - began < 5
+        assert len(app.lines) == 2 and "refused" in app.lines[0], app.log
+        assert "secret" not in app.log
 
 
-@pytest.mark.parametrize("text, said", [
-    (None, "ModuleNotFoundError: No module named 'missing'"),
-    ("1 / 0", "ZeroDivisionError: division by zero"), ("def", "SyntaxError: "),
-    ("@task\ndef add(): ...", "ValueError: there are two tasks of the name 'add'")])
-def test_a_task_module_that_cannot_be_imported(text, said, tmp_path):
-    app = App(tasks_module(tmp_path, text) if text else {"OLIVE_TASKS": "missing"})
-    assert app.wait() == 2
-    module = "mytasks" if text else "missing"
-    assert app.log.startswith(f"olive: OLIVE_TASKS: {module}: ") and said in app.log
-    assert len(app.lines) == 1
+@pytest.mark.parametrize("change", [
+    (":guest@", ":secret@"), ("guest:guest@", "nobody:secret@"), ("%2F", "nowhere")])
+def test_a_broker_that_refuses(client, change):
+    url = client.config["OLIVE_URL"].replace(*change)
+    app = App({**client.config, "OLIVE_URL": f"{DEAD},{url},{DEAD}"})
+    assert app.wait() == 1
+    lines = [line for line in app.lines if "the broker refuses us: " in line]
+    assert len(lines) == 1 and "check OLIVE_URL" in lines[0]
+    assert len(app.lines) <= 2 and "secret" not in app.log, app.log
 
 
-def test_a_script_of_ones_own_with_a_task_module(client, tmp_path):
-    environ = tasks_module(tmp_path, """
-import os
-@task(worker="process")
-def theirs(x): return [x, os.getpid()]
-""")
-    (tmp_path / "own.py").write_text("""
-import os, sweepea
-from olive_app import OliveAppConfig, OliveOly, task
+def test_a_broker_that_restarts_in_the_handshake_refuses_nobody(client):
+    # A server that closes each connection as soon as something is said.
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        def serve():
+            for _ in range(2):
+                connection, _ = server.accept()
+                connection.recv(8)
+                connection.sendall(START)
+                connection.recv(1)
+                connection.close()
 
-def answer(x): return [x, os.getpid()]
-
-threaded = task("threaded")(answer)
-processed = task("processed", worker="process")(answer)
-
-@task
-async def awaited(x):
-    await sweepea.sleep(0)
-    return answer(x)
-
-async def beside():
-    print("beside it runs this")
-
-if __name__ == "__main__":
-    OliveOly(OliveAppConfig.from_env()).start(beside)
-""")
-    with running({**client.config, **environ}, script=tmp_path / "own.py") as app:
-        app.wait_for("beside it runs this")
-        for number, name in enumerate(("threaded", "awaited", "processed", "theirs")):
-            client.send(name, [number])
-            value, pid = client.reply()["result"]
-            assert value == number and (pid == app.process.pid) == (number < 2)
-        client.send("add")      # the demo tasks are only in olive_app.py itself
-        assert client.reply()["result"]["exc_type"] == "NotRegistered"
+        # (the frame with which a broker begins, as a real one sends it)
+        with socket.create_connection((client.parameters.host,
+                                       client.parameters.port)) as real:
+            real.sendall(b"AMQP\x00\x00\x09\x01")
+            START = real.recv(65536)
+        threading.Thread(target=serve, daemon=True).start()
+        port = server.getsockname()[1]
+        app = App({**client.config, "OLIVE_URL": f"amqp://127.0.0.1:{port}"})
+        app.wait_for("no connection to the broker")
+        assert app.process.poll() is None and "refuses" not in app.log
         app.stop()
+
+
+@pytest.fixture
+def vhost(broker):
+    """The URL of a virtual host of its own: all apps of one share the ladder."""
+    name = "v" + uuid.uuid4().hex[:8]
+    broker.ctl("add_vhost", name)
+    broker.ctl("set_permissions", "-p", name, "guest", ".*", ".*", ".*")
+    yield broker.url.replace("%2F", name)
+    broker.ctl("delete_vhost", name)
+
+
+def test_what_exists_with_other_arguments(vhost):
+    client = Client(vhost, "other")
+    declare = client.channel
+    make_exchange = functools.partial(declare.exchange_declare, exchange_type="fanout")
+    for name, make, delete in [
+            (client.exchange, make_exchange, declare.exchange_delete),
+            (client.queue, declare.queue_declare, declare.queue_delete),
+            ("Olive.wait.2", declare.queue_declare, declare.queue_delete)]:
+        make(name, durable=True)
+        app = App(client.config)
+        assert app.wait() == 1
+        line, = [line for line in app.lines if "the broker refuses us: " in line]
+        assert "inequivalent arg" in line and name in line
+        assert ("OLIVE_QUEUE_ARGUMENTS" in line) == (name == client.queue)
+        assert len(app.lines) <= 2 and "Traceback" not in app.log, app.log
+        delete(name)
+    client.close()
+
+
+def test_the_port_of_a_broker_of_ones_own_is_in_use():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(olive_utils.BrokerError, match=f"port {port} is in use"):
+            with olive_utils.private_broker(port):
+                pass
+    # What may really listen on the port that the app takes is none of ours.
+    code = "import olive_app, olive_utils; olive_utils._is_free = lambda port: False;"
+    app = App({}, code + "olive_app.main()", "--with-broker", script="-c")
+    assert app.wait() == 1
+    assert app.log.startswith("olive: port 5672 is in use") and len(app.lines) == 1
+
+
+def test_a_broker_that_is_there_is_used(client):
+    with running(client.config, "--with-broker") as app:
+        client.send("add")
+        assert client.reply()["result"] == 5
+        assert "of our own" not in app.log
+
+
+def test_the_demo(client, broker):
+    app = App(client.config, "--demo")
+    assert app.wait() == 0
+    shown = re.sub(r"  \(\d+ ms\)$", "", app.log, flags=re.M)
+    assert shown == """add(2, 3) -> 5
+sleep_n(0.2) -> 0.2
+fib(20) -> 6765
+do_nothing() -> None
+fail('on purpose') -> failed: RuntimeError: on purpose
+add(1, 1, countdown=1.5) -> 2
+"""
+    assert "Olive.demo" not in broker.ctl("list_queues", "name")
+    assert "Olive.demo" not in broker.ctl("list_exchanges", "name")
+    assert client.config["OLIVE_QUEUE"] not in broker.ctl("list_queues", "name")
+
+
+def test_a_process_that_cannot_be_started_is_no_fault_of_the_message(client, tmp_path):
+    environ = tasks_module(tmp_path, """
+import multiprocessing
+if multiprocessing.parent_process():
+    raise ImportError("not in a child")
+@task(worker="process")
+def processed(): ...
+""")
+    with running({**client.config, **environ}) as app:
+        ident = client.send("processed", [])
+        assert app.wait(60) == 1
+        assert "worker process can be started: ImportError('not in a child" in app.log
+    properties, _ = client.get(client.queue)
+    assert properties.headers["id"] == ident
+    assert client.count(client.replies) == client.count(client.dead_queue) == 0
+
+
+def test_kill_9_frees_the_messages_though_a_forked_child_lives(client):
+    with running(client.config) as app:
+        client.send("in_thread", ["fork"])
+        child = int(wait_until(lambda: client.marks("child"))[0])
+        app.process.kill()
+        try:
+            wait_until(lambda: client.count(client.queue) == 1, 10)
+            assert not gone({child})
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_a_queue_with_priorities(client):
+    arguments = {"x-max-priority": 9}
+    client.channel.queue_declare(client.queue, durable=True, arguments=arguments)
+    idents = {client.send("add", properties={"priority": priority}): priority
+              for priority in (0, 9, 5)}
+    with running({**client.config, "OLIVE_QUEUE_ARGUMENTS": json.dumps(arguments),
+                  "OLIVE_THREADS": "1", "OLIVE_PREFETCH": "1"}) as app:
+        assert [idents[client.reply()["task_id"]] for _ in range(3)] == [9, 5, 0]
+        app.stop()
+        assert not any(ident in app.log for ident in idents)    # INFO has no such lines
+
+
+class FarFuture(datetime):
+    def utctimetuple(self):
+        return 9999, 1, 1, 1_000_000_000, 0, 0, 0, 1, 0
+
+
+def test_what_pika_cannot_decode_is_one_line_and_a_longer_wait_each_time(client):
+    """A limit: such a message never reaches us. It has to be purged by hand."""
+    with running(client.config) as app:
+        client.send(far=FarFuture(2026, 1, 1))
+        app.wait_for("out of range", count=2)
+        purge = client.channel.queue_purge
+        wait_until(lambda: purge(client.queue).method.message_count)
+        client.send()
+        wait_until(lambda: client.count(client.replies), 60)
+        assert client.reply()["result"] == 5
+    assert "Traceback" not in app.log
 
 
 # =====================================================================================
 # One app for many tests
 # =====================================================================================
 
-LIVE_TASKS = '''
-import os, signal, threading, time
-import sweepea
-from olive_app import job, task
-
-class Mute(Exception):
-    def __str__(self): raise RuntimeError("mute")
-    def __reduce__(self): raise TypeError("no pickle")
-
-class Odd(Exception): pass
-
-def odd():
-    exc = Odd("odd")
-    exc.cannot_be_pickled = lambda: None
-    return exc
-
-def deep(): return deep() + 1
-
-def act(what, *args):
-    if what == "raise":
-        raise {"error": ValueError("wrong", 1), "exit": SystemExit(3), "mute": Mute(),
-               "interrupt": KeyboardInterrupt("^C"), "odd": odd(), "long":
-               ValueError("x" * 1_000_000 + "end"), "surrogate": ValueError("\\ud800"),
-               "cancelled": sweepea.TaskCancelled("me"), "generator": GeneratorExit(),
-               "stop": StopIteration(5)}[args[0]]
-    if what == "deep": return deep()
-    if what == "return": return args[0]
-    if what == "object": return object()
-    if what == "nan": return float("nan")
-    if what == "huge": return "x" * (16 << 20)
-    if what == "nested":
-        result = []
-        for _ in range(100_000): result = [result]
-        return result
-    if what == "note": note(args[0])
-    if what == "job": return [*job()[:3], job().sent and job().sent.isoformat()]
-    if what == "files": os.closerange(3, 200)
-    if what == "hang":
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        time.sleep(3600)
-
-def note(path):
-    with open(path, "a") as file:
-        file.write("tried\\n")
-    return open(path).read().count("tried")
-
-@task(retry_delay=0.05)
-def in_thread(*args): return act(*args)
-
-@task(worker="process", retry_delay=0.05)
-def in_process(*args): return act(*args)
-
-@task
-async def in_coroutine(*args):
-    if args[0] == "hang": await sweepea.sleep(3600)
-    return act(*args)
-
-@task
-def echo(*args, **kwargs): return [list(args), kwargs]
-
-@task(retries=2, retry_delay=0.1)
-def flaky(path, good):
-    tries = note(path)
-    if tries < good: raise RuntimeError(f"try {tries}")
-    return tries
-
-@task(timeout=0.2)
-async def strict(): await sweepea.sleep(3600)
-
-@task(timeout=3600)
-async def lax(): await sweepea.sleep(3600)
-
-@task
-async def stubborn():
-    while True:
-        try: await sweepea.sleep(3600)
-        except GeneratorExit: raise
-        except BaseException: pass
-
-@task
-async def blocks(): time.sleep(0.7)
-'''
-
-
 @pytest.fixture(scope="module")
-def live_app(broker, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("live")
+def live_app(broker):
     client = Client(broker.url, "live")
     client.close()
     # (a time zone far from UTC shows whether times without a zone are taken for UTC)
-    with running({**client.config, **tasks_module(folder, LIVE_TASKS, "livetasks"),
-                  "OLIVE_PROCESSES": "2",
-                  "OLIVE_LOG_LEVEL": "DEBUG", "TZ": "Asia/Tokyo"}) as app:
+    with running({**client.config, "OLIVE_PROCESSES": "2", "OLIVE_LOG_LEVEL": "DEBUG",
+                  "TZ": "Asia/Tokyo"}) as app:
         yield app
         app.signal()    # it stops even if a task swallows all that is raised in it
         assert app.wait(20) == 0
@@ -2242,7 +2628,7 @@ def test_success_is_replied(live, name, value):
     ("exit", "WorkerLostError", "3", "billiard.exceptions"),
     ("interrupt", "WorkerLostError", "^C", "billiard.exceptions"),
     ("generator", "WorkerLostError", "", "billiard.exceptions"),
-    ("mute", "Mute", "(no text)", "livetasks"), ("odd", "Odd", "odd", "livetasks"),
+    ("mute", "Mute", "(no text)", "testtasks"), ("odd", "Odd", "odd", "testtasks"),
     ("surrogate", "ValueError", "\\ud800", "builtins"),
     ("long", "ValueError", "x" * 16_000, "builtins"),
     ("cancelled", "TaskCancelled", "me", "sweepea")])
@@ -2379,6 +2765,25 @@ def test_an_expired_task_is_revoked_and_no_other(live):
     assert live.reply()["status"] == "SUCCESS"
 
 
+def test_what_expires_while_it_is_tried_again_is_told(client):
+    with running(client.config) as app:
+        # The next try would come after the end: the job has failed for good.
+        client.send("much_later", [], expires=later(30).isoformat())
+        assert client.reply()["result"]["exc_type"] == "ValueError"
+        assert buried(client, "failed")[1]["x-olive-error"] == "ValueError: on purpose"
+        app.stop()
+    # It expires while no app is there to try it.
+    client.send("much_later", [], expires=later(-1).isoformat(), retries=2, **{
+        "x-olive-error": "ValueError: on purpose"})
+    with running(client.config) as app:
+        reply = client.reply()
+        assert (reply["status"], reply["result"]["exc_message"]) == (
+            "REVOKED", ["expired after a failed try: ValueError: on purpose"])
+        assert "ValueError" in buried(client, "failed")[1]["x-olive-error"]
+        app.stop()
+    assert "expired after a failed try: ValueError" in app.log
+
+
 # -- what the body asks for ------------------------------------------------------------
 
 @KINDS
@@ -2393,6 +2798,43 @@ def test_a_canvas_is_refused_with_what_to_do_instead(live, tmp_path, asked, name
     failure(live, ident, "Unsupported", text, "olive_app")
     headers = buried(live, "unsupported")[1]
     assert headers["x-olive-error"] == f"Unsupported: {text}" and not path.exists()
+
+
+# -- values that JSON does not have ----------------------------------------------------
+
+VALUES = [
+    (datetime(2026, 2, 28, 12, 30, tzinfo=timezone.utc), "datetime",
+     "2026-02-28T12:30:00+00:00"),
+    (datetime(2026, 2, 28, 12, 30, 1, 5), "datetime", "2026-02-28T12:30:01.000005"),
+    (datetime(2026, 2, 28).date(), "date", "2026-02-28"),
+    (datetime(2026, 2, 28, 1, 2).time(), "time", "01:02:00"),
+    (Decimal("1.10"), "decimal", "1.10"),
+    (uuid.UUID(int=5, version=4), "uuid",
+     {"hex": uuid.UUID(int=5, version=4).hex, "version": 4}),
+    (b"\x00\xff", "base64", "AP8="), (b"text", "base64", "dGV4dA==")]
+
+
+@pytest.mark.parametrize("value, name, written", VALUES)
+def test_values_travel_as_celery_writes_them(value, name, written, live):
+    config = OliveAppConfig.from_env(live.config)
+    assert call_task("echo", [value], {"k": [value]}, config=config) == [
+        [value], {"k": [value]}]
+    live.send("echo", [{"__type__": name, "__value__": written}])
+    assert live.reply()["result"] == [[{"__type__": name, "__value__": written}], {}]
+
+
+def test_other_marks_of_a_type(live):
+    live.send("echo", [{"__type__": "bytes", "__value__": "caf\u00e9"},
+                       {"__type__": "date", "__value__": "2026-02-28T00:00:00"},
+                       {"__type__": "datetime", "__value__": "2026-02-28T00:00:00Z"},
+                       {"__type__": 1}])
+    assert [value.get("__value__", value) for value in live.reply()["result"][0]] == [
+        "Y2Fmw6k=", "2026-02-28", "2026-02-28T00:00:00+00:00", {"__type__": 1}]
+    for kind, value in (("set", [1]), ("uuid", {"bytes": 1}), ("decimal", "x"),
+                        ("datetime", 5), ("base64", "a"), ([], 1)):
+        live.send("echo", [{"__type__": kind, "__value__": value}])
+        assert "none of the types" in live.reply()["result"]["exc_message"][0]
+        buried(live, "malformed")
 
 
 # -- what makes no sense ---------------------------------------------------------------
@@ -2484,277 +2926,342 @@ def test_a_name_cannot_forge_a_line_of_the_log(live):
 
 
 # =====================================================================================
-# The sender
+# What the app shows
 # =====================================================================================
 
-@pytest.mark.parametrize("argv, out", [
-    ([], "5\n"), (["add", "2", "3"], "5\n"), (["add", "x=2", "y=-3"], "-1\n"),
-    (["add", "two", "three"], '"twothree"\n'), (["add", "[1]", "y=[2, null]"],
-                                                "[1, 2, null]\n"),
-    (["--time-limit", "9", "add", "2.5", "--priority", "3", "1"], "3.5\n"),
-    (["echo", "a b=c", '{"k": "é"}', "x=y=z", "true", "--expires", "3600"],
-     '[["a b=c", {"k": "\\u00e9"}, true], {"x": "y=z"}]\n'),
-    (["echo", "NaN", "1e999"], '[["NaN", "1e999"], {}]\n'),   # they are not JSON
-    (["do_nothing"], "null\n"), (["fib", "10", "--time-limit", "98.7654321"], "55\n"),
-    (["sleep_n", "0", "--countdown", "0.1"], "0\n")], ids=repr)
-def test_the_sender_prints_the_result_alone(live, argv, out):
-    sent = send(live.config, *argv)
-    assert (sent.returncode, sent.stdout, sent.stderr) == (0, out, "")
+# -- the timeline ----------------------------------------------------------------------
+
+# What the Trace Event Format wants of each kind of record beside the fields of all.
+COMMON = {"name", "ph", "pid", "tid", "ts"}
+FIELDS = {"M": {"args"}, "X": {"dur", "args"}, "C": {"args"}, "i": {"s"}}
 
 
-@pytest.mark.parametrize("argv, said", [
-    (["--count", "0"], "--count and --timeout must be more than 0"),
-    (["--timeout", "-1"], "--timeout"),
-    (["--priority", "256"], "--priority must be from 0 to 255"),
-    (["--dead", "--replay"], "--dead and --replay stand alone"),
-    (["add", "--dead"], "--dead and --replay stand alone"),
-    (["--count", "x"], "invalid int value"), (["--nonsense"], "--nonsense"),
-    (["--countdown", "nan"], "--countdown"), (["--countdown", "1e30"], "--countdown"),
-    (["--expires", "inf"], "--expires"), (["--timeout", "nan"], "--timeout"),
-    (["--time-limit", "nan"], "--time-limit"), ([""], "TASK is empty"),
-    (["--time-limit", "-1"], "'-1' is not a number of seconds")])
-def test_usage(argv, said, capsys, monkeypatch):
-    monkeypatch.setenv("OLIVE_URL", "amqp://127.0.0.1:1")
-    with pytest.raises(SystemExit) as caught:
-        olive_utils.main(argv)
-    out, err = capsys.readouterr()
-    assert caught.value.code == 2 and out == "" and said in err
+def read_trace(path):
+    """Read a timeline, check each of its records; return them and the tracks' names."""
+    records, slices = json.loads(path.read_text()), {}
+    for r in records:
+        must, args = COMMON | FIELDS[r["ph"]], r.get("args", {})
+        assert must <= r.keys() <= must | {"args"} and r["name"]
+        for field in {"pid", "tid", "ts", "dur"} & r.keys():
+            assert type(r[field]) is int and r[field] >= 0
+        assert max(r["pid"], r["tid"]) < 2 ** 32        # Perfetto has 32 bits
+        if r["ph"] == "X":
+            assert args.keys() == {"id", "outcome", "queued"}
+            slices.setdefault(r["tid"], []).append((r["ts"], r["ts"] + r["dur"]))
+        if r["ph"] == "C":      # a counter's values are numbers
+            assert r["name"] == "in hand" and args.keys() == {"messages"}
+            assert type(args["messages"]) is int and args["messages"] >= 0
+        if r["ph"] == "i":
+            assert r["s"] == "p" and r["name"] in ("retry", "reconnect")
+    assert len({r["pid"] for r in records}) == 1
+    # Metadata: one name for the process, one for each track.
+    names = [(r["name"], r["tid"], r["args"]["name"])
+             for r in records if r["ph"] == "M"]
+    assert names[0] == ("process_name", 0, "olive")
+    tracks = {tid: name for kind, tid, name in names[1:]}
+    assert len(tracks) == len(set(tracks.values())) == len(names) - 1
+    assert {kind for kind, *_ in names[1:]} <= {"thread_name"} and 0 not in tracks
+    # Slices: each on a track with a name, none over another.
+    assert slices.keys() <= tracks.keys()
+    for spans in map(sorted, slices.values()):
+        assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:]))
+    return records, tracks
 
 
-@pytest.mark.parametrize("status, argv, said, reason", [
-    (1, ["in_thread", "hang", "--time-limit", "0.3"], "TimeLimitExceeded: 0.3 s\n",
-     "timeout"),
-    (1, ["add", "1", "2", "--expires", "0"], "TaskRevokedError: expired\n", None),
-    (3, ["sleep_n", "1", "--timeout", "0.1"], "no answer within 0.1 s\n", None)])
-def test_the_sender_shows_that_there_is_no_result(live, status, argv, said, reason):
-    sent = send(live.config, *argv)
-    assert (sent.returncode, sent.stdout, sent.stderr) == (status, "", said)
-    if reason:
-        buried(live, reason)
-    if status == 3:         # an answer that nobody awaits does no harm
-        live.app.wait_for("DEBUG 'sleep_n'")
+def test_the_timeline_of_a_run(vhost, broker, tmp_path):
+    client, path = Client(vhost, "t"), tmp_path / "trace.json"
+    environ = {**client.config, "OLIVE_PROCESSES": "2", "OLIVE_THREADS": "3",
+               "OLIVE_TRACE": str(path), "OLIVE_LOG_LEVEL": "DEBUG",
+               "OLIVE_GRACE": "0.5"}
+    with running(environ) as app:
+        began = datetime.now(timezone.utc)
+        kinds = ["work", "pwork", "cowork"]
+        sent = {client.send(kind, (i, 0.01 * (i % 5)), **{
+            "x-olive-sent": (began - timedelta(seconds=60)).isoformat()}): kind
+            for i in range(20) for kind in kinds}
+        odd = client.send("work", "i", **{"x-olive-sent": "yesterday"})
+        app.wait_for("done in ", count=61)
+        fails, slow = client.send("never", ()), client.send("slow", ())
+        app.wait_for("is dead", count=2)
+        broker.ctl("close_all_connections", "--vhost", vhost.rpartition("/")[2], "test")
+        app.wait_for("reconnected to")
+        client.connect()
+        hangs = client.send("cowork", ("i", 3600))
+        wait_until(lambda: client.count(client.queue) == 0)
+        app.signal()
+        assert app.wait() == 0 and "given back, as it did not" in app.log, app.log
+    records, tracks = read_trace(path)
+    slices = {(r["args"]["id"], r["args"]["outcome"]): r for r in records
+              if r["ph"] == "X"}
+    on = {kind: {tracks[slices[i, "done"]["tid"]] for i in sent if sent[i] == kind}
+          for kind in kinds}
+    assert all(re.fullmatch(r"thread \d+", name) for name in on["work"])
+    assert all(re.fullmatch(r"process \d+", name) for name in on["pwork"])
+    assert all(re.fullmatch(r"kernel( \d+)?", name) for name in on["cowork"])
+    assert len(on["work"]) == 3 and len(on["pwork"]) == 2
+    assert "kernel" in on["cowork"] and len(on["cowork"]) > 1
+    for ident, kind in sent.items():
+        record = slices[ident, "done"]
+        assert record["name"] == kind
+        assert 59.9 < record["args"]["queued"] < 90, record
+    assert slices[odd, "done"]["args"]["queued"] is None
+    assert (fails, "failed") in slices and (slow, "timeout") in slices
+    assert slices[hangs, "given back"]["dur"] > 400_000
+    assert len([r for r in records if r["ph"] == "X"]) == len(sent) + 5
+    moments = [(r["name"], r.get("args")) for r in records if r["ph"] == "i"]
+    assert moments == [("retry", {"task": "never", "id": fails}), ("reconnect", None)]
+    counts = [r["args"]["messages"] for r in records if r["ph"] == "C"]
+    assert max(counts) > 1
+    client.close()
 
 
-def test_the_sender_shows_a_failure(live):
-    sent = send(live.config, "fail", "on purpose")
-    assert sent.returncode == 1 and sent.stdout == ""
-    assert sent.stderr.startswith("Traceback (most recent call last):\n")
-    assert sent.stderr.count("File") == 1 and ", in fail\n" in sent.stderr
-    assert sent.stderr.endswith("\nRuntimeError: on purpose\n")
-    assert sent.stderr.count("RuntimeError: on purpose") == 1
-    buried(live, "failed")
+def test_the_timeline_can_be_read_after_a_kill(client, tmp_path):
+    path = tmp_path / "trace.json"
+    with running({**client.config, "OLIVE_TRACE": str(path)}) as app:
+        ident = client.send("add")
+        wait_until(lambda: ident in path.read_text())       # within a second
+        for _ in range(3000):
+            client.send("add", id="x", properties={"reply_to": None})
+        wait_until(lambda: path.read_text().count('"x"') > 1000)
+        app.process.kill()
+        app.wait()
+    text = path.read_text()
+    assert text.startswith('[{"') and text.endswith("}")     # whole records
+    path.write_text(text + "]")
+    read_trace(path)
 
 
-def test_the_sender_sends_many_and_counts_failures(live):
-    sent = send(live.config, "echo", "--count", "700")
-    assert sent.returncode == 0 and sent.stdout == "[[], {}]\n" * 700
-    last = sent.stderr.splitlines()[-1]
-    assert re.fullmatch(r"700 ok, 0 failed in [\d.]+ s: \d+ tasks/s, latency p50 "
-                        r"[\d.]+ ms, p99 [\d.]+ ms", last), last
-    sent = send(live.config, "fail", "again", "--count", "3")
-    assert sent.returncode == 1 and sent.stdout == ""
-    assert sent.stderr.count("RuntimeError: again\n") == 3
-    assert "0 ok, 3 failed" in sent.stderr
-    for _ in range(3):
-        buried(live, "failed")
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full disk")
+def test_a_full_disk_does_not_stop_the_work(client):
+    with running({**client.config, "OLIVE_TRACE": "/dev/full"}) as app:
+        client.send("add")
+        assert client.reply()["result"] == 5
+        app.stop()
+    assert "Traceback" not in app.log
 
 
-def test_the_reader_of_the_results_has_had_enough(live):
-    argv = "olive_utils.py", "echo", "--count", "2000"
-    with subprocess.Popen(**program(live.config, *argv),
-                          stderr=subprocess.PIPE) as sender:
-        assert sender.stdout.readline() == "[[], {}]\n"
-        sender.stdout.close()
-        said = sender.stderr.read()
-    assert sender.returncode == 1 and "Traceback" not in said and "Error" not in said
-    live.send("echo", ["after"])
-    assert live.reply()["result"] == [["after"], {}]
+# -- the table -------------------------------------------------------------------------
+
+def table(app):
+    """Have the app print its table; return (head, rows, end)."""
+    before = len(app.lines)
+    app.process.send_signal(signal.SIGUSR1)
+    wait_until(lambda: any(line.startswith(("connected to", "no connection to"))
+                           for line in app.lines[before:]))
+    lines = [line.rstrip("\n") for line in app.lines[before:]]
+    start = next(i for i, line in enumerate(lines) if line.startswith("task   "))
+    end = next(i for i, line in enumerate(lines) if " in hand; " in line)
+    assert all(len(line) <= 100 for line in lines[start:end + 5])
+    return lines[start], lines[start + 1:end], lines[end:end + 5]
 
 
-@pytest.mark.parametrize("count", [1, 700])
-def test_the_sender_need_not_wait(live, count):
-    # (the app runs, so answers come while it still sends)
-    sent = send(live.config, "add", "1", "2", "--no-wait", "--count", str(count))
-    assert sent.returncode == 0, sent.stderr
-    idents = sent.stdout.split()
-    assert len(idents) == len({uuid.UUID(ident) for ident in idents}) == count
-    assert (sent.stderr == "") == (count == 1)
+def columns(row):
+    task, ident, place, seconds = row[:28], row[30:66], row[68:89], row[91:]
+    assert row[28:30] == row[66:68] == row[89:91] == "  " and seconds.endswith(" s")
+    return task.rstrip(), ident.rstrip(), place.rstrip(), float(seconds[:-2])
 
 
-def test_no_broker_or_no_queue(client):
-    def refused(environ, *argv):
-        sent = send(environ, *argv)
-        assert sent.returncode == 4 and sent.stdout == ""
-        assert sent.stderr.count("\n") == 1 and "secret" not in sent.stderr
-        return sent.stderr
+def test_the_table_names_the_job_that_hangs_and_its_process(client):
+    end = client.go
+    environ = {**client.config, "OLIVE_PROCESSES": "1", "OLIVE_THREADS": "20",
+               "OLIVE_PREFETCH": "80", "OLIVE_GRACE": "60"}
+    with running(environ) as app:
+        hanging = client.send("pwork", ("hangs", f"{end}.never"))
+        wait_until(lambda: client.marks("start"))
+        pid, = client.marks("pid")
+        threads = [client.send("work", ("i", end)) for _ in range(20)]     # all of them
+        coroutines = [client.send("cowork", ("i", 3600)) for _ in range(9)]
+        evil = client.send("work", ("i", end), id="\x1b[31m\u202e" + "\n" * 40)
+        waiting = [client.send("work", ("i", end)) for _ in range(49)]
 
-    url = client.config["OLIVE_URL"]
-    assert refused({"OLIVE_URL": DEAD}).startswith("olive: no broker")
-    said = refused({"OLIVE_URL": url.replace(":guest", ":secret")})
-    assert "check OLIVE_URL" in said and "Start the app" not in said
+        def shown():
+            found = table(app)
+            return len(found[1]) == 80 and found
+
+        # As if by `systemctl kill -s USR1`, which reaches the workers, too.
+        os.kill(int(pid), signal.SIGUSR1)
+        head, rows, end_lines = wait_until(shown)
+        assert head.split() == ["task", "id", "runs", "in,", "or", "waits", "for"]
+        rows = [columns(row) for row in rows]
+        by_place = {}
+        for task, ident, place, seconds in rows:
+            by_place.setdefault(place, []).append((task, ident))
+            assert 0 <= seconds < 60
+        process = f"process {pid}"
+        assert set(by_place) == {"coroutine", process, "thread", "waits for a worker"}
+        assert by_place[process] == [("pwork", hanging)]
+        assert set(by_place["coroutine"]) == {("cowork", i) for i in coroutines}
+        assert len(by_place["thread"]) == 20
+        assert set(by_place["thread"] + by_place["waits for a worker"]) == {
+            ("work", i) for i in [*threads, *waiting, repr(evil)[1:37]]}
+        assert evil not in app.log and "\x1b" not in app.log
+        # First what runs, then what waits, and of each the longest first.
+        order = [(place.startswith("waits"), -seconds) for *_, place, seconds in rows]
+        assert order == sorted(order) and rows[0][2] == process
+        assert end_lines[0] == "80 in hand; 0 threads abandoned"
+        assert re.match(r"kernel: 7\d FUTURE_WAIT, ", end_lines[1]), end_lines[1]
+        assert re.match(r"since the start, \d+ s ago: 0 done, 0 failed, 0 retried, "
+                        r"0 dead$", end_lines[2])
+        assert re.match(r"in the last \d+ s: 0.0 done a second", end_lines[3])
+        assert end_lines[4] == f"connected to 127.0.0.1:{client.parameters.port}"
+        app.signal()
+        app.wait_for("stopping: ")
+        # A SIGUSR1 is no second signal to stop. What has begun stays in hand.
+        wait_until(lambda: len(table(app)[1]) == 30)
+        client.go.touch()
+        wait_until(lambda: client.count(client.replies) >= 20)
+        app.signal()                            # but this is one
+        assert app.wait() == 128 + signal.SIGTERM
 
 
-def test_a_late_reply_reaches_nobody(live):
-    async def main():
-        client = await olive_app.Client.open(OliveAppConfig.from_env(live.config))
-        with pytest.raises(TimeoutError):
-            await client.call("sleep_n", [0.3], timeout=0.1)
-        for n in range(3):
-            assert await client.call("echo", [n], timeout=20) == [[n], {}]
-        assert not client._answers
-        await client.aclose()
+def test_the_table_knows_what_waits_for_the_broker_and_what_was_done(victim):
+    client = Client(victim.url, "t")
+    with running({**client.config, "OLIVE_LOG_LEVEL": "DEBUG"}) as app:
+        for _ in range(3):
+            client.send("echo", ())
+        client.send("never", ())
+        app.wait_for("is dead")
+        client.send("work", ("i", client.go))
+        wait_until(lambda: client.marks("start"))
+        *_, end = table(app)
+        assert "3 done, 2 failed, 1 retried, 1 dead" in end[2]
+        rate, = re.findall(r"in the last \d+ s: (\d+\.\d) done a second", end[3])
+        assert float(rate) > 0
+        client.close()
+        victim.ctl("stop_app")
+        try:
+            app.wait_for("connection lost")
+            client.go.touch()
+            app.wait_for("'work'")
+            _, (row,), end = table(app)
+            task, _, place, _ = columns(row)
+            assert (task, place) == ("work", "waits for its message")
+            assert end[-1] == "no connection to the broker"
+        finally:
+            victim.ctl("start_app")
 
-    run(main)
+
+# -- the log ---------------------------------------------------------------------------
+
+LINE = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}Z [A-Z]+ .*\n"
 
 
-def test_sending_from_a_program(live, monkeypatch):
-    for name, value in live.config.items():
-        monkeypatch.setenv(name, value)
-    assert call_task("add", (2, 3)) == 5
-    assert call_task("echo", ["a"], {"k": 1}, countdown=0.1, expires=60,
-                                 time_limit=9, priority=3) == [["a"], {"k": 1}]
-    eta = later(0.2).astimezone(timezone(timedelta(hours=3)))
-    assert call_task("echo", eta=eta, timeout=None) == [[], {}]
-    assert later(0) >= eta
-    with pytest.raises(olive_utils.TaskFailed) as caught:
-        call_task("fail", ["so it is"])
-    assert str(caught.value) == "RuntimeError: so it is"
-    assert (caught.value.exc_type, caught.value.text) == ("RuntimeError", "so it is")
-    assert "raise RuntimeError(message)" in caught.value.traceback
-    buried(live, "failed")
-    with pytest.raises(olive_utils.TaskFailed, match="TaskRevokedError: expired"):
-        call_task("add", (2, 3), expires=eta - timedelta(days=1))
-    for when in {"eta": datetime.now()}, {"expires": datetime.now()}:
-        with pytest.raises(ValueError, match="has no time zone"):
-            send_task("add", (2, 3), **when)
-    with pytest.raises(TimeoutError, match="no answer within 0.1 s"):
-        call_task("sleep_n", [0.5], timeout=0.1)
-    live.app.wait_for("'sleep_n'")
-    ident = send_task("echo", ["sent"], time_limit=0.5)
-    live.app.wait_for(f"DEBUG 'echo'[{ident}]: done")
-    monkeypatch.setenv("OLIVE_ROUTING_KEY", "nowhere")
-    with pytest.raises(pika.exceptions.UnroutableError):
-        send_task("add", (2, 3))
-    monkeypatch.setenv("OLIVE_URL", DEAD)
-    for function in olive_utils.send_task, olive_utils.call_task:
-        with pytest.raises(pika.exceptions.AMQPError):
-            function("add", (2, 3))
+def test_the_log_of_a_run(client):
+    environ = {**client.config, "TZ": "Asia/Kolkata", "OLIVE_LOG_LEVEL": "DEBUG"}
+    with running(environ) as app:
+        before = datetime.now(timezone.utc).replace(tzinfo=None)
+        client.send("in_process", ("log", "hello"))
+        client.send("echo", ())
+        client.send("never", ())
+        client.send("slow", ())
+        app.wait_for("is dead", count=2)
+        app.wait_for("DEBUG 'in_process'")
+        (pid,) = [line.split()[-1] for line in app.lines if "hello in" in line]
+        assert int(pid) in app.children()
+        app.stop()
+    for line in app.lines:      # what begins with blanks shows where a task failed
+        assert re.fullmatch(LINE, line) or line.startswith("    "), line
+    hello = next(line for line in app.lines if " WARNING hello in " in line)
+    said = datetime.fromisoformat(hello[:23])
+    assert abs(said - before) < timedelta(seconds=60)       # in UTC
+    start = app.lines[0]
+    port = client.parameters.port
+    assert "INFO sweepea 0" in start and f"127.0.0.1:{port}, waiting for" in start
+    assert "guest" not in start and f"tasks in {client.queue} with 20 threads" in start
+    for shown in ("pwork (process, 3600 s, retries 2)", "slow (thread, 0.3 s)",
+                  "cowork (coroutine)", "echo (thread)"):
+        assert shown in start
+    assert re.search(r" DEBUG 'in_process'\[.*\]: done in \d+\.\d{3} s\n", app.log)
+    assert re.search(r" DEBUG 'slow'\[.*\]: timeout in 0\.3\d\d s\n", app.log)
+    assert re.search(r"abandoned in 'slow'\[.*\], which still runs", app.log)
+    assert app.lines[-1].endswith("stopped: 2 done, 3 failed, 1 retried, 2 dead\n")
+
+
+def test_the_log_has_the_frames_of_a_task_that_failed(client):
+    with running(client.config) as app:
+        client.send("fails", ["\x1b[31mred"])
+        client.send("in_process", ["raise", "error"])
+        app.wait_for("is dead (failed)", count=2)
+        app.stop()
+    frames = [line for line in app.lines if line.startswith("    File")]
+    assert len(frames) == 3 and all("testtasks.py" in line for line in frames)
+    assert "raise ValueError(i)" in app.log and "\\x1b[31mred" in app.log
+    assert "\x1b" not in app.log
+
+
+@pytest.mark.parametrize("config, line", [
+    ("{'version': 1}", LINE),
+    ("""{'version': 1, 'formatters': {'f': {'format': 'MINE %(message)s'}},
+        'handlers': {'h': {'class': 'logging.StreamHandler', 'formatter': 'f'}},
+        'root': {'level': 'ERROR', 'handlers': ['h']}}""", "MINE .*\n")])
+def test_a_module_that_configures_logging_does_not_silence_us(
+        client, tmp_path, config, line):
+    environ = tasks_module(tmp_path, f"import logging.config\n"
+                           f"logging.config.dictConfig({config})\n")
+    with running({**client.config, **environ}) as app:
+        app.stop()
+    assert app.lines[-1].endswith("stopped: 0 done, 0 failed, 0 retried, 0 dead\n")
+    assert all(re.fullmatch(line, said) for said in app.lines), app.log
+
+
+@pytest.mark.parametrize("no_color, is_coloured", [
+    (None, True), ("", True), ("1", False)])
+def test_the_level_is_coloured_on_a_terminal(no_color, is_coloured):
+    environ = {} if no_color is None else {"NO_COLOR": no_color}
+    app = Terminal(environ, script="olive_app.py")
+    app.read(b"no connection")
+    app.process.terminate()
+    assert app.end() == 0
+    assert (b"Z \x1b[33mWARNING\x1b[0m no connection" in app.output) == is_coloured
+    assert (b"\x1b" in app.output) == is_coloured
 
 
 # =====================================================================================
 # Calling
 # =====================================================================================
 
-CALL_TASKS = """
-import os, time
-import sweepea
-from olive_app import call, job, send, TaskFailed
-
-def record(word):
-    with open(os.environ["RECORD"], "a") as file:
-        file.write(f"{word}\\n")
-
-@task
-async def sum_up(depth):
-    record(f"begin {depth}")
-    if depth == 0: return 1
-    return sum(await sweepea.gather(*[call("sum_up", [depth - 1]) for _ in range(3)]))
-
-@task
-def double(x): return 2 * x
-
-@task(timeout=3600)
-async def tell(what, *args):
-    if what == "value": return await call("double", [args[0]])
-    if what == "send": return await send("note", [args[0]])
-    if what == "timeout": return await call("hold", timeout=0.1)
-    if what == "expired": return await call("double", [1], expires=-1)
-    if what == "nested": return list((await call("told", [], {"x": 1}))[:1]) + [job().id]
-    if what == "failure":
-        try: await call("wrong", retries=1) if args else await call("wrong")
-        except TaskFailed as exc: return [exc.exc_type, exc.text, "in wrong" in exc.traceback]
-
-@task
-def told(x): return [job().name, job().tries, str(job().sent)]
-
-@task
-def wrong(): raise ValueError("on purpose")
-
-@task
-def note(word): record(word)
-
-@task
-def hold():
-    while not os.path.exists(os.environ["RECORD"] + ".go"): time.sleep(0.02)
-    record("held")
-    return "held"
-
-@task
-async def caller(): return await call("hold")
-
-@task(timeout=0.3)
-async def hasty(): return await call("hold")
-
-@task
-def threaded(x):
-    from olive_utils import call_task
-    return call_task("double", [x])
-"""
-
-
 @pytest.fixture
-def calling(client, tmp_path):
+def calling(client):
     """A client, and the settings of an app whose tasks call tasks."""
-    client.record = tmp_path / "record"
-    client.record.touch()
-    client.config |= {**tasks_module(tmp_path, CALL_TASKS, "calltasks"),
-                      "OLIVE_ROUTING_KEY": client.queue,
-                      "RECORD": str(client.record)}
-    client.calls = f"{client.queue}.calls"
-    yield client
-    client.connect()
-    client.channel.queue_delete(client.calls)
-
-
-def consumers(client, queue):
-    return client.channel.queue_declare(queue, passive=True).method.consumer_count
+    client.config["OLIVE_ROUTING_KEY"] = client.queue
+    return client
 
 
 def test_a_task_calls_a_task(calling):
-    def answer(*args):
-        calling.send("tell", args)
+    def answer(*args, **headers):
+        calling.send("tell", args, **headers)
         reply = calling.reply()
         return reply["result"] if reply["status"] == "SUCCESS" else reply
 
     with running(calling.config) as app:
-        assert answer("value", 21) == 42
-        assert answer("failure") == ["ValueError", "on purpose", True]
-        assert answer("timeout")["result"]["exc_message"] == [
-            "no answer to hold within 0.1 s"]
+        assert answer("value", 21) == 21
         assert answer("expired")["result"]["exc_message"] == [
             "TaskRevokedError: expired"]
         assert answer("failure", "odd")["result"]["exc_type"] == "TypeError"
         ident = answer("send", "sent")
-        wait_until(lambda: calling.record.read_text() == "sent\n")
+        wait_until(lambda: calling.marks("done")[-1:] == ["sent"])
         assert str(uuid.UUID(ident)) == ident
-        # (the replies of three callers that failed lie in the dead queue as well)
-        open(f"{calling.record}.go", "w").close()
-        wait_until(lambda: "held" in calling.record.read_text())
-        app.stop()
-    for _ in range(4):
+        calling.send("threaded", [4])
+        assert calling.reply()["result"] == 4
+        for _ in range(2):
+            calling.get(calling.dead_queue)         # of the callers that failed
+        # A called message says who called.
+        for ident, headers in ("caller", {"root_id": "root"}), ("no-root", {}):
+            assert answer("failure", id=ident, **headers) == [
+                "ValueError", "('wrong', 1)", True]
+            properties, letter = buried(calling, "failed")
+            assert letter["parent_id"] == ident != letter["id"]
+            assert letter["root_id"] == headers.get("root_id", ident)
+            assert letter["id"] == properties.correlation_id
+        # What somebody has called who does not wait any more runs on.
+        assert answer("timeout")["result"]["exc_message"] == [
+            "no answer to hold within 0.1 s"]
         calling.get(calling.dead_queue)
-
-
-def test_a_called_message_says_who_called(calling):
-    with running(calling.config) as app:
-        calling.send("tell", ["failure"], id="the-caller", root_id="the-root")
-        calling.reply()
-        properties, headers = buried(calling, "failed")
-        assert (headers["parent_id"], headers["root_id"]) == ("the-caller", "the-root")
-        assert headers["id"] == properties.correlation_id != "the-caller"
-        calling.send("tell", ["failure"], id="no-root")
-        calling.reply()
-        assert buried(calling, "failed")[1]["root_id"] == "no-root"
+        calling.send("hasty", [])
+        assert calling.reply()["result"]["exc_type"] == "TimeLimitExceeded"
+        assert buried(calling, "timeout")
+        calling.go.touch()
+        wait_until(lambda: calling.marks("done").count("held") == 2)
         app.stop()
 
 
@@ -2766,8 +3273,8 @@ def test_callers_that_wait_hold_no_place(calling, apps):
         for _ in range(20):
             calling.send("sum_up", [3])
         assert [calling.reply()["result"] for _ in range(20)] == [27] * 20
-        wait_until(lambda: consumers(calling, calling.calls) == apps)
-        assert consumers(calling, calling.queue) == apps
+        wait_until(lambda: calling.count(calling.calls, "consumer_count") == apps)
+        assert calling.count(calling.queue, "consumer_count") == apps
         for app in started:
             app.stop()
     assert calling.count(calling.queue) == calling.count(calling.calls) == 0
@@ -2781,19 +3288,9 @@ def test_no_more_than_a_window_of_callers_is_in_hand(calling):
         # Callers of both kinds come in; those of `hold` keep their places.
         wait_until(lambda: calling.count(calling.calls) == 0
                    and calling.count(calling.queue) <= 97)
-        open(f"{calling.record}.go", "w").close()
+        calling.go.touch()
         answers = [calling.reply()["result"] for _ in range(100)]
         assert sorted(map(str, answers)) == ["3"] * 50 + ["held"] * 50
-        app.stop()
-
-
-def test_what_a_cancelled_caller_has_called_runs_on(calling):
-    with running(calling.config) as app:
-        calling.send("hasty", [])
-        assert calling.reply()["result"]["exc_type"] == "TimeLimitExceeded"
-        open(f"{calling.record}.go", "w").close()
-        wait_until(lambda: "held" in calling.record.read_text())
-        assert buried(calling, "timeout")
         app.stop()
 
 
@@ -2804,25 +3301,21 @@ def test_the_app_is_killed_while_callers_wait(calling):
         wait_until(lambda: "hold" in app.log or calling.count(calling.queue) == 0)
         app.process.kill()
         app.wait()
-    open(f"{calling.record}.go", "w").close()
+    calling.go.touch()
     with running(calling.config) as app:
         assert [calling.reply()["result"] for _ in range(5)] == ["held"] * 5
         app.stop()
 
 
-def test_the_broker_is_killed_while_callers_wait(victim, tmp_path):
+def test_the_broker_is_killed_while_callers_wait(victim):
     client = Client(victim.url, "callers")
-    record = tmp_path / "record"
-    config = {**client.config, **tasks_module(tmp_path, CALL_TASKS, "calltasks"),
-              "RECORD": str(record)}
-    record.touch()
     replies = "callers.replies"
     client.channel.queue_declare(replies, durable=True,
                                  arguments={"x-queue-type": "quorum"})
-    with running(config) as app:
+    with running(client.config) as app:
         # A quorum queue that is a second old may not outlive a kill -9 of the broker.
         client.send("tell", ["value", 1])
-        assert client.reply()["result"] == 2
+        assert client.reply()["result"] == 1
         client.close()
         victim.stop()
         victim.start()
@@ -2831,10 +3324,10 @@ def test_the_broker_is_killed_while_callers_wait(victim, tmp_path):
         for _ in range(3):
             client.send("sum_up", [0], properties={"reply_to": replies})
             client.send("caller", [], properties={"reply_to": replies})
-        wait_until(lambda: record.read_text().count("begin") == 3)
+        wait_until(lambda: len(client.marks("begin")) == 3)
         client.close()
         victim.kill()
-        open(f"{record}.go", "w").close()
+        client.go.touch()
         app.wait_for("connection lost", count=2)
         victim.start()
         app.wait_for("reconnected", 60, count=2)
@@ -2855,7 +3348,7 @@ def test_a_stop_gives_callers_back_if_nobody_takes_what_they_call(calling):
         wait_until(lambda: calling.count(calling.calls) == 0)
         app.signal()
         app.wait_for("stopping: ")
-        open(f"{calling.record}.go", "w").close()
+        calling.go.touch()
         assert app.wait() == 0
     with running(config) as app:
         assert [calling.reply()["result"] for _ in range(2)] == ["held"] * 2
@@ -2871,18 +3364,11 @@ def test_a_stop_waits_for_callers_if_another_app_takes_what_they_call(calling):
         with running(config) as other:
             one.signal()
             one.wait_for("stopping: ")
-            open(f"{calling.record}.go", "w").close()
+            calling.go.touch()
             assert one.wait() == 0
             assert [calling.reply()["result"] for _ in range(2)] == ["held"] * 2
             other.stop()
-    assert calling.record.read_text() == "held\nheld\n"
-
-
-def test_call_task_in_a_thread_task(calling):
-    with running(calling.config) as app:
-        calling.send("threaded", [4])
-        assert calling.reply()["result"] == 8
-        app.stop()
+    assert calling.marks("done") == ["held"] * 2
 
 
 async def test_call_is_for_coroutines_of_the_app():
@@ -2920,8 +3406,9 @@ def test_the_readme_does_what_it_says(client, tmp_path):
     with running(config) as app:
         sent = send(config, "report", '["Paris", "Rome"]')
         assert sent.stdout == '["fine in Paris", "fine in Rome"]\n'
-        done = python(config, "-c", re.sub("^call_task(.*?\\))(?= )", r"print(call_task\1)",
-                                           calls, flags=re.M))
+        calls = re.sub("^call_task(.*?\\))(?= )", r"print(call_task\1)", calls,
+                       flags=re.M)
+        done = python(config, "-c", calls)
         assert (done.stdout, done.stderr) == ("['fine in Paris', 'fine in Rome']\n", "")
         app.stop()
 
@@ -2938,9 +3425,12 @@ def test_the_strace_of_the_walkthrough_prints_what_it_says(tmp_path):
 
 def test_the_recipes_work(client, tmp_path):
     program = code_blocks("WALKTHROUGH.md")[-1]
-    (tmp_path / "recipes.py").write_text(program.replace("sleep(60)", "sleep(0.1)").replace(
-        "return f", "open('fetched', 'a').write(f'{url}\\n'); time.sleep(0.2)\n    return f"
-        ).replace("import sweepea\n", "import sweepea, time\n"))
+    for old, new in {
+            "sleep(60)": "sleep(0.1)", "import sweepea\n": "import sweepea, time\n",
+            "return f": "open('fetched', 'a').write(f'{url}\\n'); time.sleep(0.2)\n"
+            "    return f"}.items():
+        program = program.replace(old, new)
+    (tmp_path / "recipes.py").write_text(program)
     fetched = HOUSE / "fetched"
     fetched.unlink(missing_ok=True)
     with running(client.config, script=tmp_path / "recipes.py") as app:
@@ -2958,41 +3448,146 @@ def test_the_recipes_work(client, tmp_path):
         app.stop()
 
 
-# -- values that JSON does not have ----------------------------------------------------
+# =====================================================================================
+# The sender
+# =====================================================================================
 
-VALUES = [
-    (datetime(2026, 2, 28, 12, 30, tzinfo=timezone.utc), "datetime",
-     "2026-02-28T12:30:00+00:00"),
-    (datetime(2026, 2, 28, 12, 30, 1, 5), "datetime", "2026-02-28T12:30:01.000005"),
-    (datetime(2026, 2, 28).date(), "date", "2026-02-28"),
-    (datetime(2026, 2, 28, 1, 2).time(), "time", "01:02:00"),
-    (Decimal("1.10"), "decimal", "1.10"),
-    (uuid.UUID(int=5, version=4), "uuid",
-     {"hex": uuid.UUID(int=5, version=4).hex, "version": 4}),
-    (b"\x00\xff", "base64", "AP8="), (b"text", "base64", "dGV4dA==")]
-
-
-@pytest.mark.parametrize("value, name, written", VALUES)
-def test_values_travel_as_celery_writes_them(value, name, written, live):
-    config = OliveAppConfig.from_env(live.config)
-    assert call_task("echo", [value], {"k": [value]}, config=config) == [
-        [value], {"k": [value]}]
-    live.send("echo", [{"__type__": name, "__value__": written}])
-    assert live.reply()["result"] == [[{"__type__": name, "__value__": written}], {}]
+@pytest.mark.parametrize("argv, out", [
+    ([], "5\n"), (["add", "2", "3"], "5\n"), (["add", "x=2", "y=-3"], "-1\n"),
+    (["add", "two", "three"], '"twothree"\n'), (["add", "[1]", "y=[2, null]"],
+                                                "[1, 2, null]\n"),
+    (["--time-limit", "9", "add", "2.5", "--priority", "3", "1"], "3.5\n"),
+    (["echo", "a b=c", '{"k": "é"}', "x=y=z", "true", "--expires", "3600"],
+     '[["a b=c", {"k": "\\u00e9"}, true], {"x": "y=z"}]\n'),
+    (["echo", "NaN", "1e999"], '[["NaN", "1e999"], {}]\n'),   # they are not JSON
+    (["do_nothing"], "null\n"), (["fib", "10", "--time-limit", "98.7654321"], "55\n"),
+    (["sleep_n", "0", "--countdown", "0.1"], "0\n")], ids=repr)
+def test_the_sender_prints_the_result_alone(live, argv, out):
+    sent = send(live.config, *argv)
+    assert (sent.returncode, sent.stdout, sent.stderr) == (0, out, "")
 
 
-def test_other_marks_of_a_type(live):
-    live.send("echo", [{"__type__": "bytes", "__value__": "caf\u00e9"},
-                       {"__type__": "date", "__value__": "2026-02-28T00:00:00"},
-                       {"__type__": "datetime", "__value__": "2026-02-28T00:00:00Z"},
-                       {"__type__": 1}])
-    assert [value.get("__value__", value) for value in live.reply()["result"][0]] == [
-        "Y2Fmw6k=", "2026-02-28", "2026-02-28T00:00:00+00:00", {"__type__": 1}]
-    for kind, value in (("set", [1]), ("uuid", {"bytes": 1}), ("decimal", "x"),
-                        ("datetime", 5), ("base64", "a"), ([], 1)):
-        live.send("echo", [{"__type__": kind, "__value__": value}])
-        assert "none of the types" in live.reply()["result"]["exc_message"][0]
-        buried(live, "malformed")
+@pytest.mark.parametrize("argv, said", [
+    (["--count", "0"], "--count and --timeout must be more than 0"),
+    (["--timeout", "-1"], "--timeout"),
+    (["--priority", "256"], "--priority must be from 0 to 255"),
+    (["--count", "x"], "invalid int value"), (["--nonsense"], "--nonsense"),
+    (["--countdown", "nan"], "--countdown"), (["--countdown", "1e30"], "--countdown"),
+    (["--expires", "inf"], "--expires"), (["--timeout", "nan"], "--timeout"),
+    (["--time-limit", "nan"], "--time-limit"), ([""], "TASK is empty"),
+    (["--time-limit", "-1"], "'-1' is not a number of seconds"),
+    (["--dead", "--replay"], "stand alone: they take an ID, and no TASK"),
+    (["add", "--dead"], "stand alone"), (["--dead", "add", "2"], "stand alone"),
+    (["--replay", "x", "--dead", "x"], "stand alone"), (["--dead", ""], "is empty"),
+    (["--replay="], "is empty")], ids=repr)
+def test_usage(argv, said, capsys):
+    with pytest.raises(SystemExit) as caught:
+        olive_utils.main(argv)
+    out, err = capsys.readouterr()
+    assert caught.value.code == 2 and out == "" and said in err
+
+
+@pytest.mark.parametrize("status, argv, said, reason", [
+    (1, ["in_thread", "hang", "--time-limit", "0.3"], "TimeLimitExceeded: 0.3 s\n",
+     "timeout"),
+    (1, ["add", "1", "2", "--expires", "0"], "TaskRevokedError: expired\n", None),
+    (1, ["fail", "on purpose"], "RuntimeError: on purpose\n", "failed"),
+    (3, ["sleep_n", "1", "--timeout", "0.1"], "no answer within 0.1 s\n", None)])
+def test_the_sender_shows_that_there_is_no_result(live, status, argv, said, reason):
+    sent = send(live.config, *argv)
+    assert (sent.returncode, sent.stdout) == (status, "")
+    if reason == "failed":          # there is a traceback: of the task alone
+        first, *frames, last = sent.stderr.splitlines(keepends=True)
+        assert first == "Traceback (most recent call last):\n" and last == said
+        assert ", in fail\n" in frames[0] and "File" not in "".join(frames[1:])
+    else:
+        assert sent.stderr == said
+    if reason:
+        buried(live, reason)
+    if status == 3:         # an answer that nobody awaits does no harm
+        live.app.wait_for("DEBUG 'sleep_n'")
+
+
+def test_the_sender_sends_many_and_counts_failures(live):
+    sent = send(live.config, "echo", "--count", "2100")     # more than at once
+    assert sent.returncode == 0 and sent.stdout == "[[], {}]\n" * 2100
+    last = sent.stderr.splitlines()[-1]
+    assert re.fullmatch(r"2100 ok, 0 failed in [\d.]+ s: \d+ tasks/s, latency p50 "
+                        r"[\d.]+ ms, p99 [\d.]+ ms", last), last
+    sent = send(live.config, "fail", "again", "--count", "3")
+    assert sent.returncode == 1 and sent.stdout == ""
+    assert sent.stderr.count("RuntimeError: again\n") == 3
+    assert "0 ok, 3 failed" in sent.stderr
+    for _ in range(3):
+        buried(live, "failed")
+    for count in 1, 700:            # the app runs, so answers come while it still sends
+        sent = send(live.config, "add", "1", "2", "--no-wait", "--count", str(count))
+        assert sent.returncode == 0 and (sent.stderr == "") == (count == 1), sent.stderr
+        idents = {uuid.UUID(ident) for ident in sent.stdout.split()}
+        assert len(idents) == sent.stdout.count("\n") == count
+
+
+def test_the_reader_of_the_results_has_had_enough(live):
+    argv = "olive_utils.py", "echo", "--count", "2000"
+    with subprocess.Popen(**program(live.config, *argv),
+                          stderr=subprocess.PIPE) as sender:
+        assert sender.stdout.readline() == "[[], {}]\n"
+        sender.stdout.close()
+        said = sender.stderr.read()
+    assert sender.returncode == 1 and "Traceback" not in said and "Error" not in said
+    live.send("echo", ["after"])
+    assert live.reply()["result"] == [["after"], {}]
+
+
+def test_no_broker_or_no_queue(client):
+    def refused(environ, *argv):
+        sent = send(environ, *argv)
+        assert sent.returncode == 4 and sent.stdout == ""
+        assert sent.stderr.count("\n") == 1 and "secret" not in sent.stderr
+        return sent.stderr
+
+    url = client.config["OLIVE_URL"]
+    assert refused({"OLIVE_URL": DEAD}).startswith("olive: no broker")
+    said = refused({"OLIVE_URL": url.replace(":guest", ":secret")})
+    assert "check OLIVE_URL" in said and "Start the app" not in said
+
+
+def test_sending_from_a_program(live, monkeypatch):
+    for name, value in live.config.items():
+        monkeypatch.setenv(name, value)
+    assert call_task("add", (2, 3)) == 5
+    assert call_task("echo", ["a"], {"k": 1}, countdown=0.1, expires=60,
+                                 time_limit=9, priority=3) == [["a"], {"k": 1}]
+    eta = later(0.2).astimezone(timezone(timedelta(hours=3)))
+    assert call_task("echo", eta=eta, timeout=None) == [[], {}]
+    assert later(0) >= eta
+    with pytest.raises(olive_utils.TaskFailed) as caught:
+        call_task("fail", ["so it is"])
+    assert str(caught.value) == "RuntimeError: so it is"
+    assert (caught.value.exc_type, caught.value.text) == ("RuntimeError", "so it is")
+    assert "raise RuntimeError(message)" in caught.value.traceback
+    buried(live, "failed")
+    with pytest.raises(olive_utils.TaskFailed, match="TaskRevokedError: expired"):
+        call_task("add", (2, 3), expires=eta - timedelta(days=1))
+    for when in {"eta": datetime.now()}, {"expires": datetime.now()}:
+        with pytest.raises(ValueError, match="has no time zone"):
+            send_task("add", (2, 3), **when)
+    with pytest.raises(TimeoutError, match="no answer within 0.1 s"):
+        call_task("sleep_n", [0.5], timeout=0.1)
+    live.app.wait_for("'sleep_n'")
+    assert call_task("echo", [1]) == [[1], {}]      # a late answer reaches nobody
+    ident = send_task("echo", ["sent"], time_limit=0.5)
+    live.app.wait_for(f"DEBUG 'echo'[{ident}]: done")
+    monkeypatch.setenv("OLIVE_ROUTING_KEY", "nowhere")
+    with pytest.raises(pika.exceptions.UnroutableError):
+        send_task("add", (2, 3))
+    monkeypatch.setenv("OLIVE_URL", DEAD)
+    for function in olive_utils.send_task, olive_utils.call_task:
+        with pytest.raises(pika.exceptions.AMQPError):
+            function("add", (2, 3))
+    monkeypatch.setenv("OLIVE_URL", "http://localhost")     # no end of the program
+    with pytest.raises(ValueError, match="OLIVE_URL: must be"):
+        send_task("add", (2, 3))
 
 
 # -- sending from programs -------------------------------------------------------------
@@ -3021,39 +3616,30 @@ def test_a_forked_child_has_a_connection_of_its_own(live):
     assert call_task("echo", [3], config=config) == [[3], {}]
 
 
-def test_a_program_of_asyncios_calls(live):
-    config = OliveAppConfig.from_env(live.config)
-
-    async def main():
-        loop = asyncio.get_running_loop()
-        return await asyncio.gather(*[loop.run_in_executor(None, functools.partial(
-            call_task, "echo", [n], config=config)) for n in range(5)])
-
-    assert asyncio.run(main()) == [[[n], {}] for n in range(5)]
-
-
 def test_a_program_that_has_sent_leaves_nothing(live):
     done = python(live.config, "-c", "import olive_utils, threading\n"
                   "print(olive_utils.call_task('echo', [1]), threading.active_count())")
     assert (done.stdout, done.stderr) == ("[[1], {}] 2\n", "")
 
 
-def test_a_connection_of_a_program_that_is_lost_comes_back(victim):
+def test_a_connection_of_a_program_that_is_lost_comes_back(victim, tmp_path):
     config = OliveAppConfig(url=victim.url, queue="kept.q", routing_key="kept.k")
-    with running({"OLIVE_URL": victim.url, "OLIVE_QUEUE": "kept.q",
-                  "OLIVE_ROUTING_KEY": "kept.k"}) as app:
+    with running({"OLIVE_URL": victim.url, "OLIVE_QUEUE": "kept.q", "OLIVE_TASKS":
+                  "testtasks", "OLIVE_ROUTING_KEY": "kept.k",
+                  "RECORD": f"{tmp_path}/record"}) as app:
         assert call_task("add", (2, 3), config=config) == 5
         with ThreadPoolExecutor(1) as pool:
-            answer = pool.submit(call_task, "sleep_n", [2], config=config, timeout=None)
-            wait_until(lambda: "sleep_n" in str(victim.ctl(
-                "list_queues", "name", "messages_unacknowledged")) or True)
+            answer = pool.submit(call_task, "hold", config=config, timeout=None)
+            wait_until((tmp_path / "record").exists)
             victim.ctl("close_all_connections", "test")
-            assert answer.result(60) == 2
+            app.wait_for("reconnected")
+            (tmp_path / "record.go").touch()
+            assert answer.result(60) == "held"
         assert call_task("add", (3, 4), config=config) == 7
         app.stop()
 
 
-def test_a_frozen_broker_holds_nobody_up(victim, monkeypatch):
+def test_a_frozen_broker_holds_nobody_up(victim):
     config = OliveAppConfig(url=victim.url, queue="cold.q", routing_key="cold.k")
     send_task("add", (2, 3), config=config)
     os.kill(victim.process.pid, signal.SIGSTOP)
@@ -3096,19 +3682,15 @@ def test_a_full_queue_is_told_as_such(client):
 
 
 def test_what_is_sent_before_the_app_ever_ran_waits_for_it(client):
-    sender = subprocess.Popen(**program(client.config, "olive_utils.py", "add", "2", "3"),
-                              stderr=subprocess.PIPE)
+    argv = "olive_utils.py", "add", "2", "3"
+    sender = subprocess.Popen(**program(client.config, *argv), stderr=subprocess.PIPE)
     assert sender.stderr.readline() == (
         f"no app listens on {client.queue} yet; waiting\n")
+    config = OliveAppConfig.from_env(client.config)
     with running(client.config) as app:
         assert sender.communicate(timeout=30) == ("5\n", "")
         assert sender.returncode == 0
-        app.stop()
-
-
-def test_the_exchange_is_deleted_while_a_program_is_connected(client):
-    config = OliveAppConfig.from_env(client.config)
-    with running(client.config) as app:
+        # What is gone later is declared as well.
         assert call_task("add", (2, 3), config=config) == 5
         client.channel.exchange_delete(client.exchange)
         assert call_task("add", (3, 4), config=config) == 7
@@ -3133,298 +3715,20 @@ def test_a_user_who_may_only_write_can_send(broker, client):
         broker.ctl("delete_user", "writer")
 
 
-def test_a_bad_setting_is_no_end_of_the_program(monkeypatch):
-    monkeypatch.setenv("OLIVE_URL", "http://localhost")
-    with pytest.raises(ValueError, match="OLIVE_URL: must be"):
-        send_task("add", (2, 3))
-
-
-# -- what is wrong, and what to do -----------------------------------------------------
-
-@pytest.mark.parametrize("url, said", [
-    ("http://localhost", "begins otherwise"), ("amqp://u:p#word@h", "%23 for #"),
-    ("amqp://u:p/word@h", "%2F for /"), ("amqp://u:5/word@h", "%2F for /"),
-    ("amqp://u:p,word@h", "%2C for ,"), ("amqp://u:p@h:port/", "port is no number"),
-    ("amqp://u:p@h:99999/", "port is no number"), ("amqp://u:p@[::1/", "is no number"),
-    ("amqp://u:p@h/?hartbeat=3", "Unknown URL parameter: 'hartbeat'"),
-    ("amqp://u:p@h/?heartbeat=soon", "Invalid heartbeat"),
-    ("amqps://u:p@h/?ssl_options={'cafile':'/none'%2C'password':'word'}",
-     "a file that ssl_options names: No such file or directory"),
-    ("amqps://u:p@h/?ssl_options={'password':'word'", "ssl_options is no dict")])
-def test_a_url_that_is_wrong_says_why(url, said):
-    with pytest.raises(ValueError, match="OLIVE_URL: must be amqp://.*: ") as caught:
-        OliveAppConfig(url=url)
-    assert said in str(caught.value) and "word" not in (
-        str(caught.value).replace("in a password", "").replace("user:password", ""))
-
-
-@pytest.mark.parametrize("given, host, port, vhost, user, password", [
-    ("amqp://guest@localhost//", "localhost", 5672, "/", "guest", "guest"),
-    ("amqp://me:%2Fp%23@h:5673//", "h", 5673, "/", "me", "/p#"),
-    ("amqp://localhost", "localhost", 5672, "/", "guest", "guest"),
-    ("amqp://u:p@h/shop?heartbeat=5", "h", 5672, "shop", "u", "p")])
-def test_urls_may_be_as_celery_has_them(given, host, port, vhost, user, password):
-    parameters = pika.URLParameters(OliveAppConfig(url=given).urls[0])
-    assert (parameters.host, parameters.port, parameters.virtual_host) == (
-        host, port, vhost)
-    assert parameters.credentials == pika.PlainCredentials(user, password)
-
-
-async def test_a_connection_that_fails_names_host_and_port():
-    for url, where in ((DEAD, "127.0.0.1:1"), ("amqp://nowhere.invalid:7", "invalid:7")):
-        with pytest.raises(pika.exceptions.AMQPConnectionError, match=where) as caught:
-            await sweepea.Connection.open([url])
-        assert str(caught.value).rstrip(": ") != where
-
-
-def test_the_log_has_the_frames_of_a_task_that_failed(client, tmp_path):
-    environ = tasks_module(tmp_path, """
-def inner(): raise ValueError("\\x1b[31mred")
-
-@task(retries=1, retry_delay=0.1)
-def outer(): inner()
-
-@task(worker="process")
-def child(): inner()
-""")
-    with running({**client.config, **environ}) as app:
-        for name in "outer", "child":
-            client.send(name, [])
-            client.get(client.dead_queue)
-            app.wait_for(f"{name}'[")
-        app.wait_for("is dead (failed)", count=2)
-        app.stop()
-    frames = [line.strip() for line in app.lines if line.startswith("  ")
-              and line.strip(" \n~^")]
-    assert len(frames) == 8 and frames[3] == frames[7] == (
-        """def inner(): raise ValueError("\\\\x1b[31mred")""")
-    assert all("mytasks.py" in line for line in frames[::2])
-    assert "\x1b" not in app.log and "olive_app.py" not in app.log
-
-
-def test_what_expires_while_it_is_tried_again_is_told(client, tmp_path):
-    environ = tasks_module(tmp_path, """
-@task(retries=9, retry_delay=0.5)
-def wrong(): raise ValueError("on purpose")
-
-@task(retries=9, retry_delay=60)
-def late(): raise ValueError("on purpose")
-""")
-    with running({**client.config, **environ}) as app:
-        # The next try would come after the end: the job has failed for good.
-        client.send("late", [], expires=later(30).isoformat())
-        assert client.reply()["result"]["exc_type"] == "ValueError"
-        assert buried(client, "failed")[1]["x-olive-error"] == "ValueError: on purpose"
-        app.stop()
-    # It expires while no app is there to try it.
-    client.send("wrong", [], expires=later(-1).isoformat(), retries=2, **{
-        "x-olive-error": "ValueError: on purpose"})
-    with running({**client.config, **environ}) as app:
-        reply = client.reply()
-        assert (reply["status"], reply["result"]["exc_message"]) == (
-            "REVOKED", ["expired after a failed try: ValueError: on purpose"])
-        assert "ValueError" in buried(client, "failed")[1]["x-olive-error"]
-        app.stop()
-    assert "expired after a failed try: ValueError" in app.log
-
-
-def test_the_queue_is_deleted_while_a_job_runs(client, tmp_path):
-    environ = tasks_module(tmp_path, """
-import os, time
-@task
-def held(path):
-    while not os.path.exists(path): time.sleep(0.02)
-    return "held"
-""")
-    go = tmp_path / "go"
-    with running({**client.config, **environ}) as app:
-        client.send("held", [str(go)])
-        wait_until(lambda: client.count(client.queue) == 0)
-        client.channel.queue_delete(client.queue)
-        app.wait_for("reconnected")
-        go.touch()
-        assert client.reply()["result"] == "held"
-        client.send("add")
-        assert client.reply()["result"] == 5
-        app.stop()
-
-
-def test_a_broker_that_restarts_in_the_handshake_refuses_nobody(client):
-    # A server that closes each connection as soon as something is said.
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        def serve():
-            for _ in range(2):
-                connection, _ = server.accept()
-                connection.recv(8)
-                connection.sendall(START)
-                connection.recv(1)
-                connection.close()
-
-        # (the frame with which a broker begins, as a real one sends it)
-        with socket.create_connection((client.parameters.host,
-                                       client.parameters.port)) as real:
-            real.sendall(b"AMQP\x00\x00\x09\x01")
-            START = real.recv(65536)
-        threading.Thread(target=serve, daemon=True).start()
-        port = server.getsockname()[1]
-        app = App({**client.config, "OLIVE_URL": f"amqp://127.0.0.1:{port}"})
-        app.wait_for("no connection to the broker")
-        assert app.process.poll() is None and "refuses" not in app.log
-        app.stop()
-
-
-SLOW_NAMES = """
-import socket, time
-def mute(*args, **kwargs): time.sleep(3600)
-socket.getaddrinfo = mute
-"""
-
-
-def test_a_stop_does_not_wait_for_a_name_server(tmp_path):
-    environ = tasks_module(tmp_path, SLOW_NAMES)
-    app = App({**environ, "OLIVE_URL": "amqp://broker.example", "OLIVE_GRACE": "1"})
-    wait_until(lambda: app.process.poll() is not None or os.path.exists(
-        f"/proc/{app.process.pid}/task") and len(os.listdir(
-            f"/proc/{app.process.pid}/task")) > 1)
-    app.stop()
-
-
-# -- whose task is it? -----------------------------------------------------------------
-
-UNGUARDED = """
-import os
-from olive_app import OliveAppConfig, OliveOly, task
-
-@task(worker="process")
-def mine(): return os.getpid()
-
-OliveOly(OliveAppConfig.from_env()).start()
-"""
-
-GUARDED = """
-import os, sys
-from olive_app import OliveAppConfig, OliveOly, task
-
-def main():
-    import elsewhere
-    OliveOly(OliveAppConfig.from_env()).start()
-
-if __name__ == "__main__":
-    @task(worker="process")
-    def under_the_guard(): pass
-
-    main()
-"""
-
-ELSEWHERE = """
-import os
-from olive_app import task
-
-@task(worker="process")
-def mine(): return os.getpid()
-"""
-
-
-@pytest.mark.parametrize("how", ["unguarded", "inside", "module"])
-def test_a_process_task_may_be_anywhere(how, client, tmp_path):
-    (tmp_path / "own.py").write_text(UNGUARDED if how == "unguarded" else GUARDED)
-    (tmp_path / "elsewhere.py").write_text(ELSEWHERE)
-    trace = tmp_path / "trace"
-    config = {**client.config, "PYTHONPATH": f"{tmp_path}:{HOUSE}",
-              "OLIVE_TRACE": str(trace), "OLIVE_PROCESSES": "2"}
-    script, argv = ("-m", ["own"]) if how == "module" else (tmp_path / "own.py", [])
-    with running(config, *argv, script=script) as app:
-        client.send("mine", [])
-        assert client.reply()["result"] in app.children()
-        app.stop()
-    assert app.log.count("waiting for tasks") == 1
-    assert json.loads(trace.read_text())
-
-
-def test_a_process_task_under_the_guard_says_so(client, tmp_path):
-    (tmp_path / "own.py").write_text(GUARDED)
-    (tmp_path / "elsewhere.py").write_text(ELSEWHERE)
-    config = {**client.config, "PYTHONPATH": f"{tmp_path}:{HOUSE}"}
-    with running(config, script=tmp_path / "own.py") as app:
-        client.send("under_the_guard", [])
-        text, = client.reply()["result"]["exc_message"]
-        assert "define it at the top level of a module" in text and "__main__" in text
-        buried(client, "unknown-task")
-        app.stop()
-
-
-@pytest.mark.parametrize("module", ["shop.vendor.olive_app", "shop.run"])
-def test_the_files_may_be_copied_into_a_package(module, client, tmp_path):
-    vendor = tmp_path / "shop" / "vendor"
-    vendor.mkdir(parents=True)
-    for name in "sweepea.py", "olive_app.py", "olive_utils.py":
-        shutil.copy(HERE / name, vendor)
-    (tmp_path / "shop" / "tasks.py").write_text("""
-import os
-from .vendor.olive_app import call, task
-
-@task(worker="process")
-def mine(x): return [x, os.getpid()]
-
-@task
-async def calls(x): return await call("mine", [x])
-""")
-    (tmp_path / "shop" / "run.py").write_text("""
-from .vendor.olive_app import OliveAppConfig, OliveOly
-from . import tasks
-OliveOly(OliveAppConfig.from_env()).start()
-""")
-    config = {**client.config, "PYTHONPATH": str(tmp_path)}
-    if "vendor" in module:
-        config["OLIVE_TASKS"] = "shop.tasks"
-    with running(config, module, script="-m") as app:
-        sent = python(config, "-m", "shop.vendor.olive_utils", "calls", "5")
-        assert sent.stderr == ""
-        number, pid = json.loads(sent.stdout)
-        assert number == 5 and pid in app.children()
-        done = python(config, "-c", "from shop.vendor.olive_utils import call_task\n"
-                      "print(call_task('mine', [6])[0])")
-        assert (done.stdout, done.stderr) == ("6\n", "")
-        app.stop()
-
-
-# =====================================================================================
-# What the sender shows
-# =====================================================================================
-
-BLUNT_TASKS = '''
-import itertools, os, time
-numbers = itertools.count(1)
-
-def note(path, text):
-    with open(path, "a", buffering=1) as file:
-        file.write(text)
-
-@task
-async def uneven(path, seconds=0):
-    import sweepea
-    await sweepea.sleep(seconds)
-    if next(numbers) % 7 == 0:
-        note(path, "-")
-        raise ValueError("a seventh \\x1b[2J\\x9b2J")
-    note(path, "+")
-    return "fine"
-'''
-
+# -- what it shows -------------------------------------------------------------------
 
 @pytest.fixture
-def served(client, tmp_path):
-    """A client with an app that knows the task `uneven`."""
-    environ = {**client.config, **tasks_module(tmp_path, BLUNT_TASKS)}
-    client.path = tmp_path / "notes"
-    with running(environ):
+def served(client):
+    """A client with an app that waits for nobody when the test is over."""
+    with running({**client.config, "OLIVE_GRACE": "0"}):
         yield client
 
 
 class Terminal:
     """The sender in a terminal of so many columns; `output` is all that it wrote."""
 
-    def __init__(self, environ, *argv, columns=80, script="olive_utils.py"):
+    def __init__(self, environ, *argv, columns=80, script="olive_utils.py",
+                 stdout=None):
         self.columns, self.output = columns, b""
         ours, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
@@ -3434,38 +3738,40 @@ class Terminal:
         termios.tcsetattr(theirs, termios.TCSANOW, modes)
         self.process = subprocess.Popen(
             **{**program(environ, script, *argv), "text": False, "stdin": theirs,
-               "stdout": theirs}, stderr=theirs, start_new_session=True,
+               "stdout": stdout or theirs}, stderr=theirs, start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
         os.close(theirs)
         self.fd = ours
 
-    def read(self, until=None, timeout=60):
-        """Read until the output has the bytes, or to its end."""
-        deadline = time.monotonic() + timeout
-        while until is None or until not in self.output:
-            left = deadline - time.monotonic()
-            assert left > 0 and select.select([self.fd], [], [], left)[0], self.output
-            try:
-                chunk = os.read(self.fd, 1 << 16)
-            except OSError:         # the other end is closed
-                chunk = b""
-            if not chunk:
-                assert until is None, (until, self.output)
-                return
-            self.output += chunk
+    def look(self, seconds=0):
+        """Read what is there now, or comes in time; return all that was read."""
+        if select.select([self.fd], [], [], seconds)[0]:
+            with suppress(OSError):         # the other end is closed
+                self.output += os.read(self.fd, 1 << 16)
+        return self.output
+
+    def read(self, until):
+        """Read until the output has the bytes."""
+        wait_until(lambda: until in self.look(0.1), 60, self.output)
 
     def press(self, keys):
         os.write(self.fd, keys)
 
     def end(self):
         """Read all; return the exit status."""
-        self.read()
+        def is_over():
+            self.look(0.1)
+            return self.process.poll() is not None
+
+        wait_until(is_over, 60)
+        while self.output != self.look():
+            pass        # until there is no more
         os.close(self.fd)
         # The tracebacks of tasks are results. The terminal shows ^C where it comes.
-        said = re.sub(rb'Traceback [^\n]*\n  File "[^\n]*(mytasks|a).py"', b"",
+        said = re.sub(rb'Traceback [^\n]*\n  File "[^\n]*(testtasks|a).py"', b"",
                       self.output.replace(b"^C", b""))
-        assert not re.search(rb"Traceback|Crash|FRAME|KeyboardInterrupt|ignored", said), \
-            said.decode()
+        wrong = re.search(rb"Traceback|Crash|FRAME|KeyboardInterrupt|ignored", said)
+        assert not wrong, said.decode()
         return self.process.wait(20)
 
     def screen(self, must_fit=False):
@@ -3510,73 +3816,62 @@ def summary(terminal):
 @pytest.mark.parametrize("columns", [80, 40])
 def test_the_progress_is_one_line_that_is_drawn_anew(served, columns):
     count = 300
-    sender = Terminal(served.config, "uneven", served.path, "0.3", "--count", count,
+    sender = Terminal(served.config, "uneven", "0.3", "--count", count,
                       columns=columns)
     assert sender.end() == 1
     output = sender.output.decode()
     frames = FRAME.findall(output)
-    assert len(frames) >= 2 and output.count("\x1b[K") == len(frames) + 1
+    assert len(frames) >= 2 and output.count(f"/{count} [") == len(frames)
     for frame, bar in frames:
         assert len(frame) <= columns - 3 and bar, frame
     assert not [row for row in sender.screen() if "left" in row or "[" == row[-1:]]
     # The results and the errors are whole, and as many as the task itself counted.
-    did = served.path.read_text()
-    rows = sender.screen()
-    assert len(did) == count and summary(sender) == [did.count("+"), did.count("-"), 0]
-    assert rows.count('"fine"') == did.count("+")
-    assert output.count("ValueError: a seventh \\x1b[2J\\x9b2J\r\n") == did.count("-")
+    did, failed, rows = served.marks("done"), served.marks("failed"), sender.screen()
+    assert len(did + failed) == count and summary(sender) == [len(did), len(failed), 0]
+    assert rows.count('"fine"') == len(did)
+    assert output.count("ValueError: a seventh \\x1b[2J\\x9b2J\r\n") == len(failed)
 
 
 def test_quiet_means_results_and_errors_alone(served):
     for quiet in False, True:
-        sender = Terminal(served.config, "uneven", served.path, "0.3", "--count", 3,
+        sender = Terminal(served.config, "uneven", "0.3", "--count", 3,
                           *["--quiet"] * quiet)
-        assert sender.end() in (0, 1)
-        assert ("\x1b" in sender.output.decode().replace("\\x1b", "")) == (not quiet)
+        assert sender.end() == 0
+        assert (b"\x1b" in sender.output) == (not quiet)
         assert bool(SUMMARY.search(sender.output.decode())) == (not quiet)
-    sent = send(served.config, "uneven", served.path, "--count", "3", "--quiet")
-    assert sent.stdout.count('"fine"\n') + sent.stderr.count("ValueError: ") == 3
-    assert "ok" not in sent.stderr
+    sent = send(served.config, "uneven", "--count", "3", "--quiet")
+    assert sent.stdout == '"fine"\n' * 2 and "ok" not in sent.stderr
+    assert sent.stderr.count("ValueError: ") == 1
 
 
 def test_elsewhere_the_progress_is_plain_lines(served):
-    sent = send(served.config, "uneven", served.path, "5.5", "--count", "2")
+    sent = send(served.config, "uneven", "5.5", "--count", "2")
     progress, last = sent.stderr.splitlines()
     assert re.fullmatch(r"0/2 \[-*\]", progress) and SUMMARY.fullmatch(last)
     assert sent.stdout == '"fine"\n"fine"\n'
+    # The results go to a pipe alone, and the progress to the terminal beside it.
+    sender = Terminal(served.config, "uneven", "--count", 3, stdout=subprocess.PIPE)
+    assert sender.process.stdout.read() == b'"fine"\n' * 3 and sender.end() == 0
+    assert summary(sender) == [3, 0, 0] and b"fine" not in sender.output
 
 
-def test_the_results_go_at_once_to_a_pipe_beside_a_terminal(served):
-    ours, theirs = pty.openpty()
-    with subprocess.Popen(
-            **program(served.config, "olive_utils.py", "uneven", served.path, "--count",
-                      "5"), stderr=theirs) as sender:
-        assert sender.stdout.read() == '"fine"\n' * 5
-    os.close(theirs)
-    assert b"5 ok, 0 failed" in os.read(ours, 4096)
-    os.close(ours)
-    screen = olive_utils._Screen(argparse.Namespace(count=5, quiet=False))
-    screen.redraws = True
-    with open(served.path, "w+") as file:
-        screen.show("it is not held back", file)
-        assert served.path.read_text() == "it is not held back\n"
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 7, 50, 99, 100, 101, 200, 1000])
-def test_the_percentiles(count):
-    screen = olive_utils._Screen(argparse.Namespace(count=2 * count, quiet=False))
-    screen.latencies = [random.randrange(10_000) / 10 for _ in range(count)]
-    screen.failed = count // 3
-    match = SUMMARY.fullmatch(screen.summary())
-    assert [*map(int, match.groups()[:3])] == [count - count // 3, count // 3, count]
-    for part, told in (50, float(match[4])), (99, float(match[5])):
-        # The least of the latencies that so many percent do not exceed.
-        assert told == min(one for one in screen.latencies if 100 * sum(
-            other <= one for other in screen.latencies) >= part * count)
+def test_the_percentiles(capsys):
+    for count in 1, 2, 3, 7, 50, 99, 100, 101, 200, 1000:
+        screen = olive_utils._Screen(argparse.Namespace(count=2 * count, quiet=False))
+        screen.latencies = [random.randrange(10_000) / 10 for _ in range(count)]
+        screen.failed = count // 3
+        screen.end()
+        match = SUMMARY.fullmatch(capsys.readouterr().err.strip())
+        told = [int(number) for number in match.groups()[:3]]
+        assert told == [count - count // 3, count // 3, count]
+        for part, told in (50, float(match[4])), (99, float(match[5])):
+            # The least of the latencies that so many percent do not exceed.
+            assert told == min(one for one in screen.latencies if 100 * sum(
+                other <= one for other in screen.latencies) >= part * count)
 
 
 def test_no_answer_in_time_is_told_below_what_came_back(served):
-    sender = Terminal(served.config, "uneven", served.path, "30", "--count", 3,
+    sender = Terminal(served.config, "uneven", "30", "--count", 3,
                       "--timeout", "0.5")
     assert sender.end() == 3
     assert "no answer within 0.5 s" in sender.screen()
@@ -3587,11 +3882,9 @@ def test_no_answer_in_time_is_told_below_what_came_back(served):
 
 @pytest.mark.parametrize("argv, moment", [
     (["--count", "20000"], b"/20000 ["), (["--count", "20000"], b'"fine"'),
-    (["--count", "20000"], b"7/20000"),
-    (["--count", "20000", "--no-wait"], b"/20000 ["),
     (["--count", "20000", "--no-wait"], b"-4"), (["--count", "700"], b"/700 [")])
 def test_ctrl_c_tells_what_came_back(served, argv, moment):
-    sender = Terminal(served.config, "uneven", served.path, *argv, columns=200)
+    sender = Terminal(served.config, "uneven", *argv, columns=200)
     sender.read(moment)
     sender.press(b"\x03")
     status = sender.end()
@@ -3608,39 +3901,49 @@ def test_ctrl_c_tells_what_came_back(served, argv, moment):
 
 
 def test_ctrl_c_at_any_moment(served):
-    for n in range(16):
-        sender = Terminal(served.config, "uneven", served.path, "--count", "5000")
-        with pytest.raises(AssertionError):
-            sender.read(b"never", timeout=0.1 + n * 0.06)
+    # It opens a file or a socket in each of the moments before it sends.
+    for n in range(4, 12):
+        sender = Terminal(served.config, "uneven", "--count", "5000")
+        files = Path(f"/proc/{sender.process.pid}/fd")
+        wait_until(lambda: sender.process.poll() is None and len(
+            list(files.iterdir())) >= n or b"/5000" in sender.look())
         sender.press(b"\x03")
         # Python itself tells of a Ctrl-C while it starts, when no line of ours has run.
         try:
             assert sender.end() in (130, -signal.SIGINT), sender.output
         except AssertionError:
-            assert n < 3, sender.output
+            assert n < 5, sender.output
 
 
 def test_ctrl_c_while_a_single_answer_is_awaited(served):
-    sender = Terminal(served.config, "uneven", served.path, "30")
-    wait_until(lambda: served.count(served.queue) == 0)
-    with pytest.raises(AssertionError):
-        sender.read(b"never", timeout=1)
+    sender = Terminal(served.config, "cowork", "0", "3600")
+    wait_until(lambda: served.marks("start"))
     sender.press(b"\x03")
     assert sender.end() == 130 and sender.output == b"^C"
 
 
 def test_a_second_ctrl_c_ends_it_wherever_it_hangs(served):
+    def is_full():
+        waiting = fcntl.ioctl(ours, termios.FIONREAD, b"\0" * 4)
+        return struct.unpack("i", waiting)[0] > 65_000
+
+    def is_caught():
+        status = Path(f"/proc/{sender.pid}/status").read_text()
+        caught = int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16)
+        return caught & 1 << signal.SIGINT - 1
+
     # Nobody reads the pipe, so that it hangs in a print.
     ours, theirs = os.pipe()
     sender = subprocess.Popen(
-        **{**program(served.config, "olive_utils.py", "uneven", "/dev/null", "--count",
-                     "20000", "--no-wait"), "stdout": theirs}, stderr=subprocess.DEVNULL)
+        **{**program(served.config, "olive_utils.py", "uneven", "--count", "20000",
+                     "--no-wait"), "stdout": theirs}, stderr=subprocess.DEVNULL)
     os.close(theirs)
     try:
-        wait_until(lambda: _is_full(ours))
+        wait_until(is_full)
+        assert is_caught()
         sender.send_signal(signal.SIGINT)
-        with pytest.raises(subprocess.TimeoutExpired):
-            sender.wait(1)
+        wait_until(lambda: not is_caught())
+        assert sender.poll() is None
         sender.send_signal(signal.SIGINT)
         assert sender.wait(10) == -signal.SIGINT
     finally:
@@ -3649,12 +3952,7 @@ def test_a_second_ctrl_c_ends_it_wherever_it_hangs(served):
         os.close(ours)
 
 
-def _is_full(fd):
-    waiting = struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, b"\0" * 4))[0]
-    return waiting > 65_000
-
-
-@pytest.mark.parametrize("said", [b"add(2, 3)", b"fib(20)", b"fail("])
+@pytest.mark.parametrize("said", [b"add(2, 3)", b"fail("])
 def test_ctrl_c_in_the_demo(client, said):
     demo = Terminal(client.config, "--demo", script="olive_app.py")
     demo.read(said)
@@ -3712,14 +4010,16 @@ def test_the_dead_queue_is_a_table_on_a_terminal(dead, columns):
 
 
 def test_the_dead_queue_is_json_elsewhere(dead):
+    sent = send(dead.config, "--dead")
+    assert (sent.returncode, sent.stdout) == (0, "")
+    assert sent.stderr == "0 dead\n"
     ident, old = dead.put(), dead.put(when=None)
     sent = send(dead.config, "--dead")
     assert (sent.returncode, sent.stderr) == (0, "2 dead\n")
     first, second = map(json.loads, sent.stdout.splitlines())
     assert first == {"task": "shop.resize", "id": ident, "reason": "failed", "error":
-                     "ValueError: wrong", "when": "2026-07-01T08:00:01+00:00",
-                     "body": '[["a", 1], {"k": 2}, {}]'}
-    assert second == {**first, "id": old, "when": None}
+                     "ValueError: wrong", "body": '[["a", 1], {"k": 2}, {}]'}
+    assert second == {**first, "id": old}
 
 
 def test_one_dead_message_is_shown_in_full(dead):
@@ -3758,400 +4058,20 @@ def test_one_dead_message_is_replayed(dead):
     wait_until(lambda: dead.count(dead.dead_queue) == 2)
 
 
-def test_an_empty_dead_queue(dead):
-    sent = send(dead.config, "--dead")
-    assert (sent.returncode, sent.stdout) == (0, "")
-    assert sent.stderr == f"{dead.dead_queue} is empty\n"
-    sender = Terminal(dead.config, "--dead")
-    assert sender.end() == 0 and sender.screen() == [f"{dead.dead_queue} is empty", ""]
-
-
-@pytest.mark.parametrize("argv", [
-    ["--dead", "add", "2"], ["add", "--dead"], ["--dead", "--replay"], ["--dead", ""],
-    ["--replay", ""], ["--replay="], ["--replay", "x", "--dead", "x"]], ids=repr)
-def test_usage_of_the_dead_queue(argv, capsys, monkeypatch):
-    monkeypatch.setenv("OLIVE_URL", "amqp://127.0.0.1:1")
-    with pytest.raises(SystemExit) as caught:
-        olive_utils.main(argv)
-    out, err = capsys.readouterr()
-    assert caught.value.code == 2 and out == ""
-    assert "stand alone: they take an ID, and no TASK" in err or "is empty" in err
-
-
-# =====================================================================================
-# What the app shows
-# =====================================================================================
-
-SEEN_TASKS = """
-import asyncio, logging, os, time
-import sweepea
-
-@task
-def threaded(seconds=0.01): time.sleep(seconds)
-
-@task(worker="process")
-def processed(seconds=0.01): time.sleep(seconds)
-
-@task
-async def coroutine(seconds=0.01): await sweepea.sleep(seconds)
-
-@task(retries=1, retry_delay=0.1)
-def fails(): raise ValueError("not today")
-
-@task(timeout=0.3)
-def slow(): time.sleep(1)
-"""
-
-
-# =====================================================================================
-# The timeline
-# =====================================================================================
-
-# What the Trace Event Format wants of each kind of record beside the fields of all.
-COMMON = {"name", "ph", "pid", "tid", "ts"}
-FIELDS = {"M": {"args"}, "X": {"dur", "args"}, "C": {"args"}, "i": {"s"}}
-
-
-def read_trace(path):
-    """Read a timeline, check each of its records, and return them."""
-    text = path.read_text()
-    records = json.loads(text)
-    assert isinstance(records, list)
-    for record in records:
-        must = COMMON | FIELDS[record["ph"]]
-        assert must <= record.keys() <= must | {"args"}
-        assert isinstance(record["name"], str) and record["name"]
-        for field in {"pid", "tid", "ts", "dur"} & record.keys():
-            assert type(record[field]) is int and record[field] >= 0
-        assert max(record["pid"], record["tid"]) < 2 ** 32      # Perfetto has 32 bits
-        assert isinstance(record.get("args", {}), dict)
-    assert len({record["pid"] for record in records}) == 1
-    # Metadata: one name for the process, one for each track.
-    names = [(r["name"], r["tid"], r["args"]["name"])
-             for r in records if r["ph"] == "M"]
-    assert names[0] == ("process_name", 0, "olive")
-    tracks = {tid: name for kind, tid, name in names[1:]}
-    assert len(tracks) == len(set(tracks.values())) == len(names) - 1
-    assert {kind for kind, *_ in names[1:]} <= {"thread_name"} and 0 not in tracks
-    # Slices: each on a track with a name, none over another.
-    slices = [r for r in records if r["ph"] == "X"]
-    for tid in {r["tid"] for r in slices}:
-        assert tid in tracks
-        spans = sorted((r["ts"], r["ts"] + r["dur"]) for r in slices if r["tid"] == tid)
-        assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:])), tid
-    for r in slices:
-        assert r["args"].keys() == {"id", "outcome", "queued"}
-    for r in records:
-        if r["ph"] == "C":      # a counter's values are numbers
-            assert r["name"] == "in hand" and r["args"].keys() == {"messages"}
-            assert type(r["args"]["messages"]) is int and r["args"]["messages"] >= 0
-        if r["ph"] == "i":
-            assert r["s"] == "p" and r["name"] in ("retry", "reconnect")
-    return records, tracks
-
-
-def test_the_timeline_of_a_run(vhost, broker, tmp_path):
-    client, path = Client(vhost, "t"), tmp_path / "trace.json"
-    environ = {**client.config, **tasks_module(tmp_path, SEEN_TASKS), "OLIVE_PROCESSES": "2",
-               "OLIVE_THREADS": "3", "OLIVE_TRACE": str(path),
-               "OLIVE_LOG_LEVEL": "DEBUG", "OLIVE_GRACE": "0.5"}
-    with running(environ) as app:
-        began = datetime.now(timezone.utc)
-        kinds = ["threaded", "processed", "coroutine"]
-        sent = {client.send(kind, (0.01 * (i % 5),), **{
-            "x-olive-sent": (began - timedelta(seconds=60)).isoformat()}): kind
-            for i in range(20) for kind in kinds}
-        odd = client.send("threaded", (), **{"x-olive-sent": "yesterday"})
-        app.wait_for("done in ", count=61)
-        fails, slow = client.send("fails", ()), client.send("slow", ())
-        app.wait_for("is dead", count=2)
-        broker.ctl("close_all_connections", "--vhost", vhost.rpartition("/")[2], "test")
-        app.wait_for("reconnected to")
-        client.connect()
-        hangs = client.send("coroutine", (3600,))
-        wait_until(lambda: client.count(client.queue) == 0)
-        app.signal()
-        assert app.wait() == 0 and "given back, as it did not" in app.log, app.log
-    records, tracks = read_trace(path)
-    slices = {(r["args"]["id"], r["args"]["outcome"]): r for r in records
-              if r["ph"] == "X"}
-    on = {kind: {tracks[slices[i, "done"]["tid"]] for i in sent if sent[i] == kind}
-          for kind in kinds}
-    assert all(re.fullmatch(r"thread \d+", name) for name in on["threaded"])
-    assert all(re.fullmatch(r"process \d+", name) for name in on["processed"])
-    assert all(re.fullmatch(r"kernel( \d+)?", name) for name in on["coroutine"])
-    assert len(on["threaded"]) == 3 and len(on["processed"]) == 2
-    assert "kernel" in on["coroutine"] and len(on["coroutine"]) > 1
-    for ident, kind in sent.items():
-        record = slices[ident, "done"]
-        assert record["name"] == kind
-        assert 59.9 < record["args"]["queued"] < 90, record
-    assert slices[odd, "done"]["args"]["queued"] is None
-    assert (fails, "failed") in slices and (slow, "timeout") in slices
-    assert slices[hangs, "given back"]["dur"] > 400_000
-    assert len([r for r in records if r["ph"] == "X"]) == len(sent) + 5
-    moments = [(r["name"], r.get("args")) for r in records if r["ph"] == "i"]
-    assert moments == [("retry", {"task": "fails", "id": fails}), ("reconnect", None)]
-    counts = [r["args"]["messages"] for r in records if r["ph"] == "C"]
-    assert max(counts) > 1
-    client.close()
-
-
-def test_the_timeline_can_be_read_after_a_kill(client, tmp_path):
-    path = tmp_path / "trace.json"
-    with running({**client.config, "OLIVE_TRACE": str(path)}) as app:
-        ident = client.send("add")
-        wait_until(lambda: ident in path.read_text())       # within a second
-        for _ in range(3000):
-            client.channel.basic_publish("", client.queue, b"[[1, 2], {}, null]",
-                                         properties("add", "x"))
-        wait_until(lambda: path.read_text().count('"x"') > 1000)
-        app.process.kill()
-        app.wait()
-    text = path.read_text()
-    assert text.startswith('[{"') and text.endswith("}")     # whole records
-    path.write_text(text + "]")
-    read_trace(path)
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full disk")
-def test_a_full_disk_does_not_stop_the_work(client):
-    with running({**client.config, "OLIVE_TRACE": "/dev/full"}) as app:
-        client.send("add")
-        assert client.reply()["result"] == 5
-        app.stop()
-    assert "Traceback" not in app.log
-
-
-# =====================================================================================
-# The table
-# =====================================================================================
-
-def properties(task, ident):
-    return pika.BasicProperties(content_type="application/json", headers={
-        "task": task, "id": ident})
-
-
-def table(app):
-    """Have the app print its table; return (head, rows, end)."""
-    before = len(app.lines)
-    app.process.send_signal(signal.SIGUSR1)
-    wait_until(lambda: any(line.startswith(("connected to", "no connection to"))
-                           for line in app.lines[before:]))
-    lines = [line.rstrip("\n") for line in app.lines[before:]]
-    start = next(i for i, line in enumerate(lines) if line.startswith("task   "))
-    end = next(i for i, line in enumerate(lines) if " in hand; " in line)
-    assert all(len(line) <= 100 for line in lines[start:end + 5])
-    return lines[start], lines[start + 1:end], lines[end:end + 5]
-
-
-def columns(row):
-    task, ident, place, seconds = row[:28], row[30:66], row[68:89], row[91:]
-    assert row[28:30] == row[66:68] == row[89:91] == "  " and seconds.endswith(" s")
-    return task.rstrip(), ident.rstrip(), place.rstrip(), float(seconds[:-2])
-
-
-def test_the_table_names_the_job_that_hangs_and_its_process(client, tmp_path):
-    environ = tasks_module(tmp_path, SEEN_TASKS + """
-@task
-def stopped(path):
-    while not os.path.exists(path): time.sleep(0.01)
-
-@task(worker="process")
-def hangs():
-    open(os.environ["PID"], "w").write(str(os.getpid()))
-    time.sleep(3600)
-""")
-    end = str(tmp_path / "end")
-    environ |= {**client.config, "PID": str(tmp_path / "pid"), "OLIVE_PROCESSES": "1",
-                "OLIVE_THREADS": "20", "OLIVE_PREFETCH": "80", "OLIVE_GRACE": "60"}
-    with running(environ) as app:
-        hanging = client.send("hangs", ())
-        wait_until(lambda: os.path.exists(environ["PID"]) and
-                   (tmp_path / "pid").read_text())
-        threads = [client.send("stopped", (end,)) for _ in range(20)]     # all of them
-        coroutines = [client.send("coroutine", (3600,)) for _ in range(9)]
-        evil = client.send("stopped", (end,), id="\x1b[31m\u202e" + "\n" * 40)
-        waiting = [client.send("stopped", (end,)) for _ in range(49)]
-
-        def shown():
-            found = table(app)
-            return len(found[1]) == 80 and found
-
-        # As if by `systemctl kill -s USR1`, which reaches the workers, too.
-        os.kill(int((tmp_path / "pid").read_text()), signal.SIGUSR1)
-        head, rows, end_lines = wait_until(shown)
-        assert head.split() == ["task", "id", "runs", "in,", "or", "waits", "for"]
-        rows = [columns(row) for row in rows]
-        by_place = {}
-        for task, ident, place, seconds in rows:
-            by_place.setdefault(place, []).append((task, ident))
-            assert 0 <= seconds < 60
-        process = f"process {(tmp_path / 'pid').read_text()}"
-        assert set(by_place) == {"coroutine", process, "thread", "waits for a worker"}
-        assert by_place[process] == [("hangs", hanging)]
-        assert set(by_place["coroutine"]) == {("coroutine", i) for i in coroutines}
-        assert len(by_place["thread"]) == 20
-        assert set(by_place["thread"] + by_place["waits for a worker"]) == {
-            ("stopped", i) for i in [*threads, *waiting, repr(evil)[1:37]]}
-        assert evil not in app.log and "\x1b" not in app.log
-        # First what runs, then what waits, and of each the longest first.
-        order = [(place.startswith("waits"), -seconds) for *_, place, seconds in rows]
-        assert order == sorted(order) and rows[0][2] == process
-        assert end_lines[0] == "80 in hand; 0 threads abandoned"
-        assert re.match(r"kernel: 7\d FUTURE_WAIT, ", end_lines[1]), end_lines[1]
-        assert re.match(r"since the start, \d+ s ago: 0 done, 0 failed, 0 retried, "
-                        r"0 dead$", end_lines[2])
-        assert re.match(r"in the last \d+ s: 0.0 done a second", end_lines[3])
-        assert end_lines[4] == f"connected to 127.0.0.1:{client.parameters.port}"
-        app.signal()
-        app.wait_for("stopping: ")
-        # A SIGUSR1 is no second signal to stop. What has begun stays in hand.
-        wait_until(lambda: len(table(app)[1]) == 30)
-        (tmp_path / "end").touch()
-        wait_until(lambda: client.count(client.replies) >= 20)
-        app.signal()                            # but this is one
-        assert app.wait() == 128 + signal.SIGTERM
-
-
-def test_the_table_knows_what_waits_for_the_broker_and_what_was_done(vhost, broker,
-                                                                     tmp_path):
-    client = Client(vhost, "t")
-    environ = tasks_module(tmp_path, SEEN_TASKS)
-    with running({**client.config, **environ, "OLIVE_LOG_LEVEL": "DEBUG"}) as app:
-        for _ in range(3):
-            client.send("threaded", ())
-        client.send("fails", ())
-        app.wait_for("is dead")
-        client.send("threaded", (5,))
-        wait_until(lambda: client.count(client.queue) == 0)
-        *_, end = table(app)
-        assert "3 done, 2 failed, 1 retried, 1 dead" in end[2]
-        rate, = re.findall(r"in the last \d+ s: (\d+\.\d) done a second", end[3])
-        assert float(rate) > 0
-        client.close()
-        broker.ctl("stop_app")
-        try:
-            app.wait_for("done in 5.")
-            _, (row,), end = table(app)
-            task, _, place, _ = columns(row)
-            assert (task, place) == ("threaded", "waits for its message")
-            assert end[-1] == "no connection to the broker"
-        finally:
-            broker.ctl("start_app")
-
-
-# =====================================================================================
-# The log
-# =====================================================================================
-
-LINE = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}Z [A-Z]+ .*\n"
-
-
-def test_the_log_of_a_run(client, tmp_path):
-    environ = {**client.config, "TZ": "Asia/Kolkata", "OLIVE_LOG_LEVEL": "DEBUG",
-               **tasks_module(tmp_path, SEEN_TASKS + """
-@task(worker="process", timeout=60, retries=2)
-def speaks(text): logging.getLogger("shop").warning("%s in %d", text, os.getpid())
-""")}
-    with running(environ) as app:
-        before = datetime.now(timezone.utc).replace(tzinfo=None)
-        client.send("speaks", ("hello",))
-        client.send("threaded", ())
-        client.send("fails", ())
-        client.send("slow", ())
-        app.wait_for("is dead", count=2)
-        app.wait_for("'speaks'")
-        (pid,) = [line.split()[-1] for line in app.lines if "hello in" in line]
-        assert int(pid) in app.children()
-        app.stop()
-    for line in app.lines:
-        assert re.fullmatch(LINE, line), line
-    hello = next(line for line in app.lines if " WARNING hello in " in line)
-    said = datetime.fromisoformat(hello[:23])
-    assert abs(said - before) < timedelta(seconds=60)       # in UTC
-    start = app.lines[0]
-    port = client.parameters.port
-    assert "INFO sweepea 0" in start and f"127.0.0.1:{port}, waiting for" in start
-    assert "guest" not in start and f"tasks in {client.queue} with 20 threads" in start
-    for shown in ("speaks (process, 60 s, retries 2)", "slow (thread, 0.3 s)",
-                  "coroutine (coroutine)", "threaded (thread)"):
-        assert shown in start
-    assert re.search(r" DEBUG 'speaks'\[.*\]: done in \d+\.\d{3} s\n", app.log)
-    assert re.search(r" DEBUG 'slow'\[.*\]: timeout in 0\.3\d\d s\n", app.log)
-    assert re.search(r"abandoned in 'slow'\[.*\], which still runs", app.log)
-    assert app.lines[-1].endswith("stopped: 2 done, 3 failed, 1 retried, 2 dead\n")
-
-
-@pytest.mark.parametrize("config, line", [
-    ("{'version': 1}", LINE),
-    ("""{'version': 1, 'formatters': {'f': {'format': 'MINE %(message)s'}},
-        'handlers': {'h': {'class': 'logging.StreamHandler', 'formatter': 'f'}},
-        'root': {'level': 'ERROR', 'handlers': ['h']}}""", "MINE .*\n")])
-def test_a_module_that_configures_logging_does_not_silence_us(
-        client, tmp_path, config, line):
-    environ = tasks_module(tmp_path, f"import logging.config\n"
-                           f"logging.config.dictConfig({config})\n")
-    with running({**client.config, **environ}) as app:
-        app.stop()
-    assert app.lines[-1].endswith("stopped: 0 done, 0 failed, 0 retried, 0 dead\n")
-    assert all(re.fullmatch(line, said) for said in app.lines), app.log
-
-
-@pytest.mark.parametrize("no_color, is_coloured", [
-    (None, True), ("", True), ("1", False)])
-def test_the_level_is_coloured_on_a_terminal(no_color, is_coloured):
-    ours, theirs = os.openpty()
-    environ = {} if no_color is None else {"NO_COLOR": no_color}
-    app = subprocess.Popen(**program(environ, "olive_app.py"), stderr=theirs)
-    try:
-        text = b""
-        while b"no connection" not in text:
-            text += os.read(ours, 1000)
-        assert (b"Z \x1b[33mWARNING\x1b[0m no connection" in text) == is_coloured
-        assert (b"\x1b" in text) == is_coloured
-    finally:
-        app.terminate()
-        assert app.wait(20) == 0
-        os.close(ours)
-        os.close(theirs)
-
-
 # =====================================================================================
 # Stopping
 # =====================================================================================
 
-STOP_TASKS = """
-import os, time, sweepea
-
-@task
-def in_thread(folder, name, fails=False):
-    open(f"{folder}/{name}", "a").write("x")
-    while not os.path.exists(f"{folder}/go"):
-        time.sleep(0.01)
-    if fails:
-        raise ValueError(name)
-    return name
-
-task("in_process", worker="process")(in_thread)
-
-@task
-async def in_coroutine(folder, name):
-    open(f"{folder}/{name}", "w").close()
-    await sweepea.sleep(3600)
-"""
-
-
 @contextmanager
-def busy(client, tmp_path, name="in_thread", unstarted=2, **environ):
+def busy(client, name="work", unstarted=2, **environ):
     """An app with one task that runs and some that wait for it."""
-    environ = {**client.config, **tasks_module(tmp_path, STOP_TASKS),
-               "OLIVE_THREADS": "1", "OLIVE_PROCESSES": "1", **environ}
-    with running(environ) as app:
-        app.ident = client.send(name, [str(tmp_path), "started"])
-        wait_until((tmp_path / "started").exists)
+    wait = 3600 if name == "cowork" else client.go
+    with running({**client.config, "OLIVE_THREADS": "1", "OLIVE_PROCESSES": "1",
+                  **environ}) as app:
+        app.ident = client.send(name, ["started", wait])
+        wait_until(lambda: client.marks("start"))
         for number in range(unstarted):
-            client.send(name, [str(tmp_path), f"unstarted {number}"])
+            client.send(name, [f"unstarted {number}", wait])
         # the last of them is there when a malformed one behind it is dead
         client.send("nonsense", properties={"reply_to": None})
         client.get(client.dead_queue)
@@ -4159,8 +4079,8 @@ def busy(client, tmp_path, name="in_thread", unstarted=2, **environ):
         try:
             yield app
         finally:
-            (tmp_path / "go").touch()       # (lets go whatever still runs)
-    assert bool(children) == (name == "in_process")
+            client.go.touch()           # (lets go whatever still runs)
+    assert bool(children) == (name == "pwork")
     wait_until(lambda: gone(children))
 
 
@@ -4182,26 +4102,27 @@ def test_a_signal_that_was_ignored_at_the_start_stays_ignored(client):
         app.stop()
 
 
-@pytest.mark.parametrize("name", ["in_thread", "in_process"])
-def test_a_stop_finishes_what_runs_and_gives_back_the_rest(client, tmp_path, name):
-    with busy(client, tmp_path, name) as app:
+@pytest.mark.parametrize("name", ["work", "pwork"])
+def test_a_stop_finishes_what_runs_and_gives_back_the_rest(client, name):
+    with busy(client, name) as app:
         os.killpg(app.process.pid, signal.SIGINT)   # as Ctrl-C: to the children, too
         for pid in app.children():
             os.kill(pid, signal.SIGTERM)
         app.wait_for("stopping: 3 in hand")
+        wait_until(lambda: client.count(client.queue) == 2)
         assert app.process.poll() is None
-        (tmp_path / "go").touch()
+        client.go.touch()
         assert app.wait() == 0
     assert client.reply()["result"] == "started"
-    wait_until(lambda: client.count(client.queue) == 2)
+    assert client.count(client.queue) == 2
     assert client.count(client.replies) == client.count(client.dead_queue) == 0
-    assert not list(tmp_path.glob("unstarted*"))
+    assert client.marks("start") == ["started"]
 
 
-@KINDS
-def test_a_stop_waits_no_longer_than_the_grace(client, tmp_path, name):
-    unstarted = 0 if name == "in_coroutine" else 1
-    with busy(client, tmp_path, name, unstarted, OLIVE_GRACE="0.2") as app:
+@pytest.mark.parametrize("name", ["work", "pwork", "cowork"])
+def test_a_stop_waits_no_longer_than_the_grace(client, name):
+    unstarted = 0 if name == "cowork" else 1
+    with busy(client, name, unstarted, OLIVE_GRACE="0.2") as app:
         began = time.monotonic()
         os.killpg(app.process.pid, signal.SIGINT)
         assert app.wait(10) == 0 and time.monotonic() - began < 5
@@ -4212,10 +4133,10 @@ def test_a_stop_waits_no_longer_than_the_grace(client, tmp_path, name):
 
 
 @pytest.mark.parametrize("first, second, name", [
-    (signal.SIGTERM, signal.SIGINT, "in_thread"),
-    (signal.SIGINT, signal.SIGTERM, "in_process")])
-def test_a_second_signal_leaves_at_once(client, tmp_path, first, second, name):
-    with busy(client, tmp_path, name, 0) as app:
+    (signal.SIGTERM, signal.SIGINT, "work"),
+    (signal.SIGINT, signal.SIGTERM, "pwork")])
+def test_a_second_signal_leaves_at_once(client, first, second, name):
+    with busy(client, name, 0) as app:
         app.signal(first)
         app.wait_for("stopping: 1 in hand")
         app.signal(second)
@@ -4224,8 +4145,8 @@ def test_a_second_signal_leaves_at_once(client, tmp_path, first, second, name):
     wait_until(lambda: client.count(client.queue) == 1)
 
 
-def test_an_app_whose_threads_all_hang_stops(client, tmp_path):
-    with busy(client, tmp_path, unstarted=1, OLIVE_THREADS="2",
+def test_an_app_whose_threads_all_hang_stops(client):
+    with busy(client, unstarted=1, OLIVE_THREADS="2",
               OLIVE_TASK_TIMEOUT="0.3") as app:
         assert app.wait() == 1
         assert "every thread hangs in a task that does not end: stopping" in app.log
@@ -4235,187 +4156,8 @@ def test_an_app_whose_threads_all_hang_stops(client, tmp_path):
 
 
 # =====================================================================================
-# Starting
-# =====================================================================================
-
-def test_a_broker_that_cannot_be_reached():
-    with running({"OLIVE_URL": DEAD}, ready="no connection to the broker") as app:
-        began = time.monotonic()
-        app.signal()
-        assert app.wait(10) == 0 and time.monotonic() - began < 5
-        assert len(app.lines) == 2 and "refused" in app.lines[0], app.log
-        assert "secret" not in app.log
-
-
-@pytest.mark.parametrize("change", [
-    (":guest@", ":secret@"), ("guest:guest@", "nobody:secret@"), ("%2F", "nowhere")])
-def test_a_broker_that_refuses(client, change):
-    url = client.config["OLIVE_URL"].replace(*change)
-    app = App({**client.config, "OLIVE_URL": f"{DEAD},{url},{DEAD}"})
-    assert app.wait() == 1
-    lines = [line for line in app.lines if "the broker refuses us: " in line]
-    assert len(lines) == 1 and "check OLIVE_URL" in lines[0]
-    assert len(app.lines) <= 2 and "secret" not in app.log, app.log
-
-
-@pytest.fixture
-def vhost(broker):
-    """The URL of a virtual host of its own: all apps of one share the ladder."""
-    name = "v" + uuid.uuid4().hex[:8]
-    broker.ctl("add_vhost", name)
-    broker.ctl("set_permissions", "-p", name, "guest", ".*", ".*", ".*")
-    yield broker.url.replace("%2F", name)
-    broker.ctl("delete_vhost", name)
-
-
-def test_what_exists_with_other_arguments(vhost):
-    client = Client(vhost, "other")
-    declare = client.channel
-    make_exchange = functools.partial(declare.exchange_declare, exchange_type="fanout")
-    for name, make, delete in [
-            (client.exchange, make_exchange, declare.exchange_delete),
-            (client.queue, declare.queue_declare, declare.queue_delete),
-            ("Olive.wait.2", declare.queue_declare, declare.queue_delete)]:
-        make(name, durable=True)
-        app = App(client.config)
-        assert app.wait() == 1
-        line, = [line for line in app.lines if "the broker refuses us: " in line]
-        assert "inequivalent arg" in line and name in line
-        assert ("OLIVE_QUEUE_ARGUMENTS" in line) == (name == client.queue)
-        assert len(app.lines) <= 2 and "Traceback" not in app.log, app.log
-        delete(name)
-    client.close()
-
-
-def test_the_port_of_a_broker_of_ones_own_is_in_use():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        with pytest.raises(olive_utils.BrokerError, match=f"port {port} is in use"):
-            with olive_utils.private_broker(port):
-                pass
-    # What may really listen on the port that the app takes is none of ours.
-    code = "import olive_app, olive_utils; olive_utils._is_free = lambda port: False;"
-    app = App({}, code + "olive_app.main()", "--with-broker", script="-c")
-    assert app.wait() == 1
-    assert app.log.startswith("olive: port 5672 is in use") and len(app.lines) == 1
-
-
-def test_a_broker_that_is_there_is_used(client):
-    with running(client.config, "--with-broker") as app:
-        client.send("add")
-        assert client.reply()["result"] == 5
-        assert "of our own" not in app.log
-
-
-def test_the_demo(client, broker):
-    app = App(client.config, "--demo")
-    assert app.wait() == 0
-    shown = re.sub(r"  \(\d+ ms\)$", "", app.log, flags=re.M)
-    assert shown == """add(2, 3) -> 5
-sleep_n(0.2) -> 0.2
-fib(20) -> 6765
-do_nothing() -> None
-fail('on purpose') -> failed: RuntimeError: on purpose
-add(1, 1, countdown=1.5) -> 2
-"""
-    assert "Olive.demo" not in broker.ctl("list_queues", "name")
-    assert "Olive.demo" not in broker.ctl("list_exchanges", "name")
-    assert client.config["OLIVE_QUEUE"] not in broker.ctl("list_queues", "name")
-
-
-def test_a_process_that_cannot_be_started_is_no_fault_of_the_message(client, tmp_path):
-    environ = tasks_module(tmp_path, """
-import multiprocessing
-if multiprocessing.parent_process():
-    raise ImportError("not in a child")
-@task(worker="process")
-def processed(): ...
-""")
-    with running({**client.config, **environ}) as app:
-        ident = client.send("processed", [])
-        assert app.wait(60) == 1
-        assert "worker process can be started: ImportError('not in a child" in app.log
-    properties, _ = client.get(client.queue)
-    assert properties.headers["id"] == ident
-    assert client.count(client.replies) == client.count(client.dead_queue) == 0
-
-
-def test_kill_9_frees_the_messages_though_a_forked_child_lives(client, tmp_path):
-    path = tmp_path / "child"
-    environ = tasks_module(tmp_path, """
-import os, time
-@task
-def fork(path):
-    child = os.fork()
-    if child:
-        open(path, "w").write(f"{child}.")
-    time.sleep(60)
-""")
-    with running({**client.config, **environ}) as app:
-        client.send("fork", [str(path)])
-        wait_until(lambda: path.exists() and path.read_text().endswith("."))
-        child = int(path.read_text()[:-1])
-        app.process.kill()
-        try:
-            wait_until(lambda: client.count(client.queue) == 1, 10)
-            assert not gone({child})
-        finally:
-            os.kill(child, signal.SIGKILL)
-
-
-def test_a_queue_with_priorities_and_a_timeline_of_the_run(client, tmp_path):
-    arguments, trace = {"x-max-priority": 9}, tmp_path / "trace.json"
-    client.channel.queue_declare(client.queue, durable=True, arguments=arguments)
-    idents = {client.send("add", properties={"priority": priority}): priority
-              for priority in (0, 9, 5)}
-    with running({**client.config, "OLIVE_QUEUE_ARGUMENTS": json.dumps(arguments),
-                  "OLIVE_THREADS": "1", "OLIVE_PREFETCH": "1",
-                  "OLIVE_TRACE": str(trace)}) as app:
-        assert [idents[client.reply()["task_id"]] for _ in range(3)] == [9, 5, 0]
-        app.stop()
-        assert not any(ident in app.log for ident in idents)    # INFO has no such lines
-    jobs = [event["args"] for event in json.loads(trace.read_text())
-            if event["ph"] == "X"]
-    assert {job["id"]: job["outcome"] for job in jobs} == dict.fromkeys(idents, "done")
-
-
-class FarFuture(datetime):
-    def utctimetuple(self):
-        return 9999, 1, 1, 1_000_000_000, 0, 0, 0, 1, 0
-
-
-def test_what_pika_cannot_decode_is_one_line_and_a_longer_wait_each_time(client):
-    """A limit: such a message never reaches us. It has to be purged by hand."""
-    with running(client.config) as app:
-        client.send(far=FarFuture(2026, 1, 1))
-        app.wait_for("out of range", count=2)
-        purge = client.channel.queue_purge
-        wait_until(lambda: purge(client.queue).method.message_count)
-        client.send()
-        wait_until(lambda: client.count(client.replies), 60)
-        assert client.reply()["result"] == 5
-    assert "Traceback" not in app.log
-
-
-# =====================================================================================
 # The queue counts
 # =====================================================================================
-
-COUNT_TASKS = """
-import os
-
-@task
-def threaded(): return os.getpid()
-
-@task(retries=1, retry_delay=0.1)
-def tried_again(path):
-    open(path, "a").write(f"{os.getpid()}\\n")
-    raise ValueError("again")
-
-@task
-async def awaited(): return os.getpid()
-"""
-
 
 def come_back(client, times):
     """Take and give back whatever lies in the queue so many times."""
@@ -4428,9 +4170,8 @@ def come_back(client, times):
 
 
 @pytest.fixture
-def counting(client, tmp_path):
-    """A client whose queue is there before the app, and the settings of the app."""
-    client.environ = {**client.config, **tasks_module(tmp_path, COUNT_TASKS)}
+def counting(client):
+    """A client whose queue is there before the app."""
     client.channel.queue_declare(client.queue, durable=True,
                                  arguments=OliveAppConfig().queue_arguments)
     return client
@@ -4440,24 +4181,25 @@ def counting(client, tmp_path):
 DEADLY = {"reply_to": "amq.rabbitmq.reply-to.g1hkAA.x"}
 
 
-def test_what_came_back_five_times_runs_in_a_process(counting, tmp_path):
-    client, path = counting, tmp_path / "pids"
-    isolated = client.send("threaded", [])
-    awaited = client.send("awaited", [])
-    client.send("tried_again", [str(path)])
-    client.send("threaded", [], properties=DEADLY)
+def test_what_came_back_five_times_runs_in_a_process(counting):
+    client = counting
+    isolated = client.send("in_thread", ["pid"])
+    awaited = client.send("in_coroutine", ["pid"])
+    client.send("never", [])
+    client.send("in_thread", ["pid"], properties=DEADLY)
     come_back(client, 1)
-    usual = {client.send("threaded", [])}               # has come back four times
+    usual = {client.send("in_thread", ["pid"])}               # has come back four times
     come_back(client, 4)
-    usual.add(client.send("threaded", [], **{"x-delivery-count": 20}))  # the sender's
-    with running(client.environ) as app:
+    # A count that the sender made up does not count.
+    usual.add(client.send("in_thread", ["pid"], **{"x-delivery-count": 20}))
+    with running(client.config) as app:
         pids = {reply["task_id"]: reply["result"]
                 for reply in (client.reply() for _ in range(5))}
         assert pids[isolated] != app.process.pid == pids[awaited]
         assert all(pids[ident] == app.process.pid for ident in usual)
         headers = buried(client, "failed")[1]
         assert headers["retries"] == 1 and headers["x-olive-isolated"] is True
-        tries = path.read_text().split()
+        tries = client.marks("pid")
         assert len(tries) == 2 and str(app.process.pid) not in tries
         wait_until(lambda: client.count(client.queue) == 0)
         assert "connection lost" not in app.log
@@ -4465,11 +4207,11 @@ def test_what_came_back_five_times_runs_in_a_process(counting, tmp_path):
 
 def test_a_reply_that_breaks_the_connection(counting):
     client = counting
-    client.send("threaded", [], properties=DEADLY)
+    client.send("in_thread", ["pid"], properties=DEADLY)
     come_back(client, 3)
-    with running(client.environ) as app:
+    with running(client.config) as app:
         app.wait_for("reconnected", count=2)        # then no reply any more
-        client.send("threaded", [])
+        client.send("in_thread", ["pid"])
         assert client.reply()["result"] == app.process.pid
         wait_until(lambda: client.count(client.queue) == 0)
         app.stop()
@@ -4479,19 +4221,19 @@ def test_a_reply_that_breaks_the_connection(counting):
 
 def test_what_came_back_fifteen_times_is_dead(counting):
     client = counting
-    idents = {client.send("awaited", []), client.send("threaded", []),
-              client.send(body="nonsense"), client.send("threaded", eta="never")}
+    idents = {client.send("in_coroutine", ["pid"]), client.send("in_thread", ["pid"]),
+              client.send(body="nonsense"), client.send("in_thread", eta="never")}
     come_back(client, 15)
-    with running(client.environ):
+    with running(client.config):
         for _ in range(4):
             properties, headers = buried(client, "returned")
             assert headers["x-olive-error"] == (
                 "RuntimeError: came back 15 times: does it kill us?")
             idents.remove(properties.correlation_id)
-        client.send("threaded", [])
+        client.send("in_thread", ["pid"])
         assert client.reply()["status"] == "SUCCESS"
         # The dead queue counts, too, but has no limit: it may be looked at for ever.
-        client.send("tried_again", ["/nowhere/path"], retries=1)
+        client.send("never", [], retries=1)
         assert client.reply()["status"] == "FAILURE"
         wait_until(lambda: client.count(client.dead_queue) == 1)
         for _ in range(25):
@@ -4501,12 +4243,11 @@ def test_what_came_back_fifteen_times_is_dead(counting):
     assert client.count(client.replies) == 0        # nobody was told of the others
 
 
-def test_a_classic_queue_does_not_count(client, tmp_path):
+def test_a_classic_queue_does_not_count(client):
     arguments = {"x-queue-type": "classic"}
-    environ = {**client.config, **tasks_module(tmp_path, COUNT_TASKS),
-               "OLIVE_QUEUE_ARGUMENTS": json.dumps(arguments)}
+    environ = {**client.config, "OLIVE_QUEUE_ARGUMENTS": json.dumps(arguments)}
     client.channel.queue_declare(client.queue, durable=True, arguments=arguments)
-    client.send("threaded", [], **{"x-delivery-count": 20})     # anybody may send that
+    client.send("in_thread", ["pid"], **{"x-delivery-count": 20})   # anybody may
     come_back(client, 1)
     with running(environ, ready="is not a quorum queue") as app:
         assert client.reply()["result"] == app.process.pid
@@ -4519,27 +4260,27 @@ def test_a_classic_queue_does_not_count(client, tmp_path):
 @contextmanager
 def losing(client, relay, tmp_path, calls):
     """An app that is about to lose its connection, with two of the calls begun."""
-    environ = {**client.config, **tasks_module(tmp_path, STOP_TASKS),
-               "OLIVE_URL": relay.url + "?heartbeat=2", "OLIVE_THREADS": "2"}
+    environ = {**client.config, "OLIVE_URL": relay.url + "?heartbeat=2",
+               "OLIVE_THREADS": "2"}
     script = tmp_path / "impatient.py"
     script.write_text("import olive_app\nif __name__ == '__main__':\n"
                       "    olive_app.PATIENCE = 1.0\n    olive_app.main()\n")
     with running(environ, script=script) as app:
-        for name, fails in calls:
-            client.send("in_thread", [str(tmp_path), name, fails])
-        wait_until(lambda: len(list(tmp_path.glob("call*"))) == 2)
+        for name, task in calls.items():
+            client.send(task, [name, client.go])
+        wait_until(lambda: len(client.marks("start")) == 2)
         client.send("nonsense", properties={"reply_to": None})
         client.get(client.dead_queue)       # all are in hand when this one is dead
         yield app
-        (tmp_path / "go").touch()
+        client.go.touch()
 
 
 def test_a_failure_is_told_once_though_the_connection_was_lost(client, relay, tmp_path):
-    calls = [("call0", False), ("call1", True), ("call2", False), ("call3", True)]
+    calls = {"call0": "work", "call1": "fails", "call2": "work", "call3": "fails"}
     with losing(client, relay, tmp_path, calls) as app:
         relay.cut_after = 1
         app.wait_for("connection lost")
-        (tmp_path / "go").touch()
+        client.go.touch()
         statuses = [client.reply()["status"] for _ in calls]
         assert sorted(statuses) == ["FAILURE"] * 2 + ["SUCCESS"] * 2
         letters = {buried(client, "failed")[1]["x-olive-error"] for _ in range(2)}
@@ -4547,12 +4288,11 @@ def test_a_failure_is_told_once_though_the_connection_was_lost(client, relay, tm
         app.stop()
     assert client.count(client.dead_queue) == client.count(client.queue) == 0
     assert client.count(client.replies) == 0
-    assert {p.name: p.read_text() for p in tmp_path.glob("call*")} == {
-        name: "x" for name, _ in calls}     # nothing was begun twice
+    assert sorted(client.marks("start")) == [*calls]    # nothing was begun twice
 
 
 def test_what_somebody_else_got_is_let_go(client, relay, tmp_path):
-    calls = [("call0", False), ("call1", True), ("call2", False), ("call3", False)]
+    calls = {"call0": "work", "call1": "fails", "call2": "work", "call3": "work"}
     with losing(client, relay, tmp_path, calls) as app:
         # A more important consumer gets all that comes back to the queue.
         taken = client.channel.consume(client.queue, arguments={"x-priority": 9},
@@ -4560,11 +4300,15 @@ def test_what_somebody_else_got_is_let_go(client, relay, tmp_path):
         next(taken)
         relay.cut_after = 1
         names = set()
-        while len(names) < 4:
-            if (message := next(taken))[0]:
-                names.add(json.loads(message[2])[0][1])
+
+        def all_came():
+            method, _, body = next(taken)
+            names.update(json.loads(body)[0][:1] if method else [])
+            return len(names) == 4
+
+        wait_until(all_came)
         app.wait_for("reconnected")
-        (tmp_path / "go").touch()
+        client.go.touch()
         wait_until(lambda: next(taken) and client.count(client.replies) == 1)
         assert client.reply()["result"] == "call0"      # a success is told ...
         app.stop()
@@ -4574,21 +4318,21 @@ def test_what_somebody_else_got_is_let_go(client, relay, tmp_path):
     wait_until(lambda: client.count(client.queue) == 4)
     assert client.count(client.dead_queue) == client.count(client.replies) == 0
     # What had not begun when the connection was lost was never begun.
-    assert len(list(tmp_path.glob("call*"))) == 2
+    assert len(client.marks("start")) == 2
 
 
 # =====================================================================================
 # The ladder
 # =====================================================================================
 
-def test_what_waits_for_a_queue_that_is_gone_holds_nobody_up(vhost, tmp_path):
-    gone_app, neighbour = (Drill(vhost, tmp_path, name) for name in ("a.b", "b"))
+def test_what_waits_for_a_queue_that_is_gone_holds_nobody_up(vhost):
+    gone_app, neighbour = (Drill(vhost, name) for name in ("a.b", "b"))
     with running(gone_app.environ):
         gone_app.send([("work", i) for i in range(40)], eta=later(2.5).isoformat())
         wait_until(lambda: gone_app.counts()[gone_app.queue] == 0)
-    with gone_app.channel() as channel:
+    with gone_app.opened() as channel:
         channel.queue_delete(gone_app.queue)
-    with running(neighbour.environ) as app, neighbour.channel() as channel:
+    with running(neighbour.environ) as app, neighbour.opened() as channel:
         for n in range(3):
             neighbour.send([("work", f"n{n}")], eta=later(1.2).isoformat())
             wait_until(lambda: f"n{n}" in neighbour.marks("done"), 10)
@@ -4605,115 +4349,27 @@ def test_what_waits_for_a_queue_that_is_gone_holds_nobody_up(vhost, tmp_path):
 # work itself and not what somebody says about it.
 # =====================================================================================
 
-DRILL_TASKS = '''
-import ctypes, os, resource, signal, time
-import sweepea
-
-def mark(*what):
-    line = (" ".join(map(str, what)) + "\\n").encode()
-    fd = os.open(os.environ["DRILL_LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.write(fd, line)
-    os.close(fd)
-
-def wait(seconds):
-    """A text is the name of a file to wait for."""
-    if isinstance(seconds, str):
-        while not os.path.exists(seconds): time.sleep(0.01)
-    else:
-        time.sleep(seconds)
-
-@task
-def work(i, seconds=0):
-    mark("start", i)
-    wait(seconds)
-    mark("done", i)
-    return i
-
-@task(worker="process")
-def pwork(i, seconds=0):
-    mark("pid", os.getpid())
-    return work(i, seconds)
-
-@task
-async def cowork(i, seconds=0):
-    mark("start", i)
-    await sweepea.sleep(seconds)
-    mark("done", i)
-    return i
-
-@task(retries=3, retry_delay=1.0)
-def flaky(i):
-    mark("start", i)
-    if open(os.environ["DRILL_LOG"]).read().split("\\n").count(f"start {i}") < 3:
-        raise OSError("not yet")
-    mark("done", i)
-    return i
-
-@task
-def fails(i, seconds):
-    mark("start", i)
-    wait(seconds)
-    mark("failed", i)
-    raise ValueError("on purpose")
-
-def abort(i):
-    mark("start", i)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    os.abort()
-
-task("abort0")(abort)
-task("abort3", retries=3, retry_delay=0.1)(abort)
-
-@task(worker="process")
-def die(i, how):
-    mark("start", i)
-    if how == "segfault": ctypes.string_at(0)
-    if how == "exit": os._exit(3)
-    if how == "killed": os.kill(os.getpid(), signal.SIGKILL)
-    if how == "nameless": os.kill(os.getpid(), 35)
-    if how == "memory":
-        used = int(open("/proc/self/statm").read().split()[0]) * 4096
-        resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), used + (64 << 20)))
-        bytearray(1 << 30)
-
-@task
-def spin(i, seconds):
-    mark("start", i)
-    end = time.monotonic() + seconds
-    while time.monotonic() < end: pass
-    mark("done", i)
-    return i
-'''
-
-
-class Drill:
-    """A queue of its own, tasks that keep a record, and the count at the end.
+class Drill(Client):
+    """A queue of its own, and the count at the end.
 
     Every call makes a connection of its own, so that it survives what is done to the
     broker; results go to a durable queue for the same reason.
     """
 
-    def __init__(self, url, tmp_path, name=None, **settings):
-        self.url, self.sent = url, []
-        name = name or "d" + uuid.uuid4().hex[:8]
-        self.go, self.record = str(tmp_path / "go"), tmp_path / "record"
-        self.record.touch()
-        self.queue, self.dead = f"{name}.q", f"{name}.dead"
-        self.replies = f"{name}.replies"
-        self.environ = {
-            "OLIVE_URL": url, "OLIVE_EXCHANGE": f"{name}.x", "OLIVE_QUEUE": self.queue,
-            "OLIVE_DEAD_QUEUE": self.dead, "DRILL_LOG": str(self.record),
-            "OLIVE_PROCESSES": "2", **settings,
-            **tasks_module(tmp_path, DRILL_TASKS, "drilltasks")}
+    def __init__(self, url, name=None, **settings):
+        super().__init__(url, name or "d" + uuid.uuid4().hex[:8])
+        self.close()
+        self.url, self.sent, self.replies = url, [], f"{self.queue}.replies"
+        self.environ = {**self.config, "OLIVE_PROCESSES": "2", **settings}
         quorum = OliveAppConfig().queue_arguments
-        with self.channel() as channel:
+        with self.opened() as channel:
             for queue, arguments in {self.queue: quorum, self.replies: quorum,
-                                     self.dead: olive_app.NO_LIMIT}.items():
+                                     self.dead_queue: olive_app.NO_LIMIT}.items():
                 channel.queue_declare(queue, durable=True, arguments=arguments)
                 channel.queue_purge(queue)
 
     @contextmanager
-    def channel(self):
+    def opened(self):
         connection = pika.BlockingConnection(pika.URLParameters(self.url))
         try:
             channel = connection.channel()
@@ -4723,40 +4379,33 @@ class Drill:
             if connection.is_open:
                 connection.close()
 
-    def message(self, task, i, *args, reply=True, **headers):
-        ident = f"{task}-{i}"
-        self.sent.append(str(i))
-        body = json.dumps([[i, *args], {}, {}]).encode()
-        return body, pika.BasicProperties(
-            content_type="application/json", content_encoding="utf-8", delivery_mode=2,
-            correlation_id=ident, reply_to=self.replies if reply else None,
-            headers={"task": task, "id": ident, **headers})
-
-    def send(self, calls, *, queue=None, **options):
+    def send(self, calls, *, queue=None, reply=True, **headers):
         """Send (task, i, *args) each; i is what the record knows it by."""
-        with self.channel() as channel:
-            for call in calls:
-                channel.basic_publish("", queue or self.queue,
-                                      *self.message(*call, **options))
-
-    def marks(self, kind):
-        """What was recorded under this word, in order."""
-        return [line.split(" ", 1)[1] for line in self.record.read_text().splitlines()
-                if line.startswith(kind + " ")]
+        with self.opened() as channel:
+            for task, i, *args in calls:
+                ident = f"{task}-{i}"
+                self.sent.append(str(i))
+                channel.basic_publish(
+                    "", queue or self.queue,
+                    json.dumps([[i, *args], {}, {}], default=str).encode(),
+                    pika.BasicProperties(
+                        content_type="application/json", delivery_mode=2,
+                        reply_to=self.replies if reply else None, correlation_id=ident,
+                        headers={"task": task, "id": ident, **headers}))
 
     def wait_done(self, count, timeout=30):
         wait_until(lambda: len(self.marks("done")) >= count, timeout, f"{count} done")
 
     def counts(self):
-        with self.channel() as channel:
+        with self.opened() as channel:
             return {
                 queue: channel.queue_declare(queue, passive=True).method.message_count
-                for queue in (self.queue, self.dead, self.replies)}
+                for queue in (self.queue, self.dead_queue, self.replies)}
 
     def drain(self, queue):
         """Take everything out of a queue: [(properties, body)]."""
         taken = []
-        with self.channel() as channel:
+        with self.opened() as channel:
             while (got := channel.basic_get(queue, auto_ack=True))[0] is not None:
                 taken.append(got[1:])
         return taken
@@ -4768,7 +4417,7 @@ class Drill:
             if len(set(self.sent) - set(self.marks("done"))) > dead:
                 return False
             counts = self.counts()
-            return (counts[self.replies] >= replies and counts[self.dead] >= dead
+            return (counts[self.replies] >= replies and counts[self.dead_queue] >= dead
                     and counts[self.queue] == 0)
 
         try:
@@ -4788,7 +4437,7 @@ class Drill:
         return tally
 
     def tally(self):
-        done, self.letters = self.marks("done"), self.drain(self.dead)
+        done, self.letters = self.marks("done"), self.drain(self.dead_queue)
         dead = {p.correlation_id.partition("-")[2] for p, _ in self.letters}
         return {"sent": len(self.sent), "done": len(set(done)),
                 "twice": len(done) - len(set(done)), "dead": len(self.letters),
@@ -4811,12 +4460,12 @@ def victim(_victim):
 # -- the broker -----------------------------------------------------------------------
 
 @pytest.mark.parametrize("how", ["kill", "stop_app"])
-def test_broker_dies_while_everything_waits(victim, tmp_path, how):
-    drill = Drill(victim.url, tmp_path, "v")
+def test_broker_dies_while_everything_waits(victim, how):
+    drill = Drill(victim.url, "v")
     drill.send([("work", 0, drill.go)])             # deep in its task
     with running(drill.environ) as app:
         wait_until(lambda: drill.marks("start"))
-        drill.send([("flaky", f"f{i}") for i in range(5)])      # soon in the ladder
+        drill.send([("third_time", f"f{i}") for i in range(5)])  # soon in the ladder
         drill.send([("work", f"e{i}") for i in range(20)], eta=later(6).isoformat())
         drill.send([("work", f"w{i}", 0.02) for i in range(1500)])
         drill.wait_done(201)
@@ -4827,7 +4476,7 @@ def test_broker_dies_while_everything_waits(victim, tmp_path, how):
             victim.ctl("stop_app")
             victim.ctl("start_app")
         app.wait_for("reconnected")
-        open(drill.go, "w").close()
+        drill.go.touch()
         # (replies are not confirmed: the last before the kill may be gone)
         tally = drill.finish(app, replies=27)
         # whoever waits for a confirm waits for the link, which says it once
@@ -4860,19 +4509,19 @@ def test_a_copy_that_comes_back_is_not_taken_for_its_original(victim):
     client.close()
 
 
-def test_a_task_outlasts_the_consumer_timeout(victim, tmp_path):
+def test_a_task_outlasts_the_consumer_timeout(victim):
     def set_timeout(timeout, tick):
         victim.ctl("eval", f"application:set_env(rabbit, consumer_timeout, {timeout}), "
                            f"application:set_env(rabbit, channel_tick_interval, {tick}"
                            ").")
 
-    drill = Drill(victim.url, tmp_path, "v")
+    drill = Drill(victim.url, "v")
     set_timeout(2000, 500)
     try:
         drill.send([("work", 0, drill.go)] + [("work", i) for i in range(1, 100)])
         with running(drill.environ) as app:
             app.wait_for("reconnected")
-            open(drill.go, "w").close()
+            drill.go.touch()
             tally = drill.finish(app, replies=100)
             assert drill.marks("start").count("0") == 1 and tally["twice"] == 0
     finally:
@@ -4882,8 +4531,8 @@ def test_a_task_outlasts_the_consumer_timeout(victim, tmp_path):
 # -- a message that takes the app with it ---------------------------------------------
 
 @pytest.mark.parametrize("retries", [0, 3])
-def test_a_message_that_kills_the_app(broker, tmp_path, retries):
-    drill = Drill(broker.url, tmp_path)
+def test_a_message_that_kills_the_app(broker, retries):
+    drill = Drill(broker.url)
     drill.send([("work", i, 0.05) for i in range(10)] + [(f"abort{retries}", "x")]
                + [("work", i, 0.05) for i in range(10, 80)])
     for _ in range(5):
@@ -4896,8 +4545,8 @@ def test_a_message_that_kills_the_app(broker, tmp_path, retries):
     assert drill.marks("start").count("x") == 5 + 1 + retries   # and no try beyond
 
 
-def test_restarts_and_a_stop_of_one_app_of_two(broker, tmp_path):
-    drill = Drill(broker.url, tmp_path, OLIVE_GRACE="5")
+def test_restarts_and_a_stop_of_one_app_of_two(broker):
+    drill = Drill(broker.url, OLIVE_GRACE="5")
     drill.send([("cowork", i) if i % 4 == 3 else ("work", i, 0.1) for i in range(800)])
     for n in range(1, 6):
         with running(drill.environ) as app:
@@ -4915,8 +4564,8 @@ def test_restarts_and_a_stop_of_one_app_of_two(broker, tmp_path):
 
 # -- the app and its workers ----------------------------------------------------------
 
-def test_kill_9_of_the_app(broker, tmp_path):
-    drill = Drill(broker.url, tmp_path)
+def test_kill_9_of_the_app(broker):
+    drill = Drill(broker.url)
     drill.send([(("pwork" if i % 7 == 0 else "work"), i, 0.01) for i in range(1000)])
     for n in range(1, 4):
         with running(drill.environ) as app:
@@ -4931,8 +4580,8 @@ def test_kill_9_of_the_app(broker, tmp_path):
     assert tally["twice"] <= 3 * 80, tally
 
 
-def test_worker_processes_die_of_everything(broker, tmp_path):
-    drill = Drill(broker.url, tmp_path)
+def test_worker_processes_die_of_everything(broker):
+    drill = Drill(broker.url)
     said = {"segfault": "worker process died of SIGSEGV",
             "exit": "worker process left with exit code 3",
             "killed": "worker process died of SIGKILL",
@@ -5016,10 +4665,11 @@ def relay(broker):
     # What was in hand goes on and is not begun again. Only what was acknowledged in the
     # very moment of the loss is, or into the silence: a window at most.
     ("closed", 0.25), ("cut in a frame", 1), ("a black hole", 1), ("frozen", 1)])
-def test_a_connection_is_lost(victim, tmp_path, how, twice):
+def test_a_connection_is_lost(victim, how, twice):
     relay = Relay(victim.port)
-    drill = Drill(victim.url, tmp_path, "v", OLIVE_URL=relay.url + "?heartbeat=1")
-    drill.send([("work", i, 0.05) for i in range(600)])
+    drill = Drill(victim.url, "v", OLIVE_URL=relay.url + "?heartbeat=1")
+    # (no two jobs end in one moment: what is acknowledged in that of the loss is lost)
+    drill.send([("work", i, 0.1 + i * 37 % 100 / 400) for i in range(300)])
     with running(drill.environ) as app:
         drill.wait_done(101)
         if how == "closed":
@@ -5034,29 +4684,33 @@ def test_a_connection_is_lost(victim, tmp_path, how, twice):
             relay.hole = False
             victim.process.send_signal(signal.SIGCONT)
         app.wait_for("reconnected")
-        tally = drill.finish(app, replies=500)
+        tally = drill.finish(app, replies=200)
     relay.server.close()
     assert tally["twice"] <= twice * OliveAppConfig().prefetch, tally
 
 
 # -- topology -------------------------------------------------------------------------
 
-def test_topology_deleted_under_a_running_app(broker, tmp_path):
-    drill = Drill(broker.url, tmp_path)
-    with running(drill.environ) as app, drill.channel() as channel:
+def test_topology_deleted_under_a_running_app(broker):
+    drill = Drill(broker.url)
+    drill.send([("work", "in hand", drill.go)])
+    with running(drill.environ) as app, drill.opened() as channel:
+        wait_until(lambda: drill.marks("start"))
         channel.queue_delete(drill.queue)
         app.wait_for("the broker cancelled the consumer")
         app.wait_for("reconnected")
+        drill.go.touch()
         drill.send([("work", "queue")])
-        wait_until(lambda: "queue" in drill.marks("done"))
+        drill.wait_done(2)
         for rung in 0, 3, 16:           # what the retries and the dead need
             channel.exchange_delete(f"Olive.wait.{rung}")
         channel.queue_delete("Olive.wait.1")
         channel.exchange_delete(drill.environ["OLIVE_EXCHANGE"])
-        channel.queue_delete(drill.dead)
-        drill.send([("flaky", "wait"), ("no_such_task", "unknown")])
+        channel.queue_delete(drill.dead_queue)
+        drill.send([("third_time", "wait"), ("no_such_task", "unknown")])
         drill.send([("work", "gone")], reply=False)
-        drill.finish(app, dead=1)
+        drill.finish(app, dead=1, replies=4)
+        assert drill.marks("start").count("in hand") == 1
 
 
 # -- poison ---------------------------------------------------------------------------
@@ -5097,8 +4751,8 @@ def test_poison_of_every_kind(live):
 
 # -- the heart beats ------------------------------------------------------------------
 
-def test_a_long_task_starves_no_heartbeat(victim, tmp_path):
-    drill = Drill(victim.url, tmp_path, "v", OLIVE_URL=victim.url + "?heartbeat=1")
+def test_a_long_task_starves_no_heartbeat(victim):
+    drill = Drill(victim.url, "v", OLIVE_URL=victim.url + "?heartbeat=1")
     before = victim.log.stat().st_size
     drill.send([("spin", i, 4) for i in range(2)])
     with running(drill.environ) as app:
@@ -5119,12 +4773,12 @@ def memory_alarm(victim, app, drill, count=1):
     def begun():
         return sum(i.startswith(f"a{count}.") for i in drill.marks("start")) > 10
 
-    Path(drill.go).unlink(missing_ok=True)
+    drill.go.unlink(missing_ok=True)
     drill.send([("work", f"a{count}.{i}", drill.go) for i in range(40)])
     wait_until(begun)
     victim.ctl("set_vm_memory_high_watermark", "absolute", "1MB")
     try:
-        Path(drill.go).touch()
+        drill.go.touch()
         app.wait_for("the broker has blocked the connection", count=count)
         yield
     finally:
@@ -5133,7 +4787,7 @@ def memory_alarm(victim, app, drill, count=1):
 
 
 def test_a_memory_alarm(victim, tmp_path):
-    drill = Drill(victim.url, tmp_path, "v", OLIVE_GRACE="2", OLIVE_PREFETCH="20")
+    drill = Drill(victim.url, "v", OLIVE_GRACE="2", OLIVE_PREFETCH="20")
     go = tmp_path / "fail"
     drill.send([("no_such_task", "u"), ("fails", "f", str(go))])
     with running(drill.environ) as app:
@@ -5153,7 +4807,7 @@ def test_a_memory_alarm(victim, tmp_path):
 
 
 def test_the_broker_dies_while_it_blocks(victim, tmp_path):
-    drill = Drill(victim.url, tmp_path, "v", OLIVE_LOG_LEVEL="DEBUG")
+    drill = Drill(victim.url, "v", OLIVE_LOG_LEVEL="DEBUG")
     go = tmp_path / "fail"
     drill.send([("no_such_task", "u"), ("fails", "f", str(go))])
     with running(drill.environ) as app:
@@ -5171,50 +4825,56 @@ def test_the_broker_dies_while_it_blocks(victim, tmp_path):
 # -- stopping -------------------------------------------------------------------------
 
 def test_stop_in_awkward_moments(broker, relay, tmp_path):
-    drill = Drill(broker.url, tmp_path, OLIVE_GRACE="1")
+    drill = Drill(broker.url, OLIVE_GRACE="1")
+    asked = tmp_path / "asked"
+    environ = tasks_module(tmp_path, f"""
+import socket, time
+def mute(*args, **kwargs):
+    open({str(asked)!r}, "w").close()
+    time.sleep(3600)
+socket.getaddrinfo = mute
+""")
+    environ |= {"OLIVE_URL": "amqp://broker.example", "OLIVE_GRACE": "1"}
+    with running(environ, ready=None) as app:           # while a name is looked up
+        wait_until(asked.exists)
+        app.stop()
     with socket.create_server(("127.0.0.1", 0)) as mute:
         url = f"amqp://127.0.0.1:{mute.getsockname()[1]}"
         with running({**drill.environ, "OLIVE_URL": url}, ready=None) as app:
             mute.accept()                               # while connecting
-            began = time.monotonic()
-            app.signal()
-            assert app.wait(10) == 0 and time.monotonic() - began < 5
+            app.stop()
     with running({**drill.environ, "OLIVE_URL": relay.url}) as app:
         relay.hole = True                               # while a publish waits
         drill.send([("no_such_task", "u")])
-        app.signal()
-        assert app.wait(10) == 0
+        app.stop()
 
 
 # -- the dead queue -------------------------------------------------------------------
 
-def test_dead_and_replay(broker, tmp_path):
-    drill, n = Drill(broker.url, tmp_path), int(os.environ.get("DRILL_DEAD", 1000))
+def test_dead_and_replay(broker):
+    drill, n = Drill(broker.url), int(os.environ.get("DRILL_DEAD", 1000))
     with running(drill.environ):
         pass                                            # declares everything
-    drill.send([("work", i) for i in range(n)], queue=drill.dead, retries=3, **{
+    drill.send([("work", i) for i in range(n)], queue=drill.dead_queue, retries=3, **{
         "x-olive-isolated": True, "x-olive-reason": "returned",
         "x-olive-error": "E: e", "x-olive-traceback": "t" * 5000})
     listed = send(drill.environ, "--dead")
     assert (listed.returncode, listed.stderr) == (0, f"{n} dead\n")
-    lines = [json.loads(line) for line in listed.stdout.splitlines()]
-    assert len({line["id"] for line in lines}) == n
-    assert {"task": "work", "id": "work-0", "reason": "returned", "error": "E: e",
-            "body": "[[0], {}, {}]"} in lines
-    wait_until(lambda: drill.counts()[drill.dead] == n, 5, "only shown")
+    assert len({json.loads(line)["id"] for line in listed.stdout.splitlines()}) == n
+    wait_until(lambda: drill.counts()[drill.dead_queue] == n, 5, "only shown")
     replay = App(drill.environ, "--replay", script="olive_utils.py")
     wait_until(lambda: drill.counts()[drill.queue] > n // 10)
     replay.process.kill()
     replay.wait()
     at_queue, at_dead = drill.counts()[drill.queue], wait_until(
-        lambda: drill.counts()[drill.dead], 5)
+        lambda: drill.counts()[drill.dead_queue], 5)
     assert at_queue + at_dead >= n
     for count in r"\d+", "0":
         sent = send(drill.environ, "--replay")
         assert (sent.returncode, sent.stdout) == (0, "")
         assert re.fullmatch(f"{count} sent back to work\n", sent.stderr)
-    assert drill.counts()[drill.dead] == 0
-    with drill.channel() as channel:
+    assert drill.counts()[drill.dead_queue] == 0
+    with drill.opened() as channel:
         _, properties, _ = channel.basic_get(drill.queue)
         assert properties.headers["retries"] == 0
         assert not [name for name in properties.headers if name.startswith("x-olive")]
@@ -5243,7 +4903,7 @@ def test_tls(tmp_path):
               f"ssl_options.keyfile = {tmp_path}/localhost.key\n"
               "ssl_options.verify = verify_none\n")
     with olive_utils.private_broker(config=config) as broker:
-        drill = Drill(broker.url, tmp_path)
+        drill = Drill(broker.url)
         good = f"amqps://guest:guest@localhost:{port}/%2F"
         trusted = {"SSL_CERT_FILE": f"{tmp_path}/ca.pem"}
         for url, extra in [
@@ -5265,17 +4925,17 @@ def test_tls(tmp_path):
 
 # -- a long run -----------------------------------------------------------------------
 
-def test_a_long_run_stays_flat(broker, tmp_path):
+def test_a_long_run_stays_flat(broker):
     # (few threads: a pool grows as it is needed, and this one is full after one batch)
-    drill = Drill(broker.url, tmp_path, OLIVE_THREADS="2")
+    drill = Drill(broker.url, OLIVE_THREADS="2")
     n = int(os.environ.get("DRILL_LONG", 3000))
     shapes = ["work", "cowork", "pwork", "cowork"]
 
     def batch(name):
-        drill.send([("flaky" if i < n // 50 else "no_such_task" if i % 100 == 99 else
-                     shapes[i % 4], f"{name}{i}") for i in range(n)])
+        drill.send([("third_time" if i < n // 50 else "no_such_task" if i % 100 == 99
+                     else shapes[i % 4], f"{name}{i}") for i in range(n)])
         wait_until(lambda: drill.counts()[drill.replies] == n, 120)
-        failed = len(drill.drain(drill.dead))
+        failed = len(drill.drain(drill.dead_queue))
         replies = [json.loads(body) for _, body in drill.drain(drill.replies)]
         assert failed == n // 100
         assert sum(reply["status"] == "SUCCESS" for reply in replies) == n - failed
@@ -5289,7 +4949,7 @@ def test_a_long_run_stays_flat(broker, tmp_path):
         assert second[0] - first[0] <= 5 and second[1:] == first[1:], (first, second)
 
 
-def test_a_cluster_loses_a_node_and_then_the_leader(tmp_path):
+def test_a_cluster_loses_a_node_and_then_the_leader():
     with ExitStack() as stack, ThreadPoolExecutor() as pool:
         nodes = [stack.enter_context(olive_utils.private_broker())]
         nodes += pool.map(lambda _: stack.enter_context(
@@ -5297,7 +4957,7 @@ def test_a_cluster_loses_a_node_and_then_the_leader(tmp_path):
         for node in nodes[1:]:
             for command in ["stop_app"], ["join_cluster", nodes[0].node], ["start_app"]:
                 node.ctl(*command)
-        drill = Drill(nodes[0].url, tmp_path)
+        drill = Drill(nodes[0].url)
         drill.environ["OLIVE_URL"] = ",".join(node.url for node in nodes)
         with running(drill.environ) as app:
             drill.send([("work", "late1")], eta=later(6).isoformat())
