@@ -256,11 +256,14 @@ class _Screen:
         self.redraws = not self.quiet and _columns(sys.stderr) > 0
 
     def show(self, text: str, file) -> None:
-        """Print a result or an error, above the line of progress."""
-        self.draw("")
+        """Print a result or an error, on a terminal above the line of progress."""
+        on_terminal = self.redraws and file.isatty()
+        if on_terminal:
+            self.draw("")
         # Whoever reads the results through a pipe gets each of them at once.
         print(text, file=file, flush=True)
-        self.draw(self.progress())
+        if on_terminal:
+            self.draw(self.progress())
 
     def draw(self, line: str) -> None:
         """On a terminal: put a line in the place of the one that the cursor is in."""
