@@ -129,7 +129,8 @@ class OliveOly:
     #     _callers          by queue: those that wait for calls of theirs, and for how
     #                       many calls each. `_callers_changed` is set at each change.
     #     _settled          is set whenever a message is settled
-    #     _consumers        the tags of our consumers, in the order of their start
+    #     _consumers        our consumers, in the order of their start: the queue of
+    #                       each, by its tag
 
     def __init__(self, config: OliveAppConfig | None = None) -> None:
         self.config = config or OliveAppConfig()
@@ -141,7 +142,7 @@ class OliveOly:
         # The main queue comes last, for a message of it may end the connection at once.
         self._calls_queue = calls_name(self.config.queue)
         self._queues = self._calls_queue, self.config.queue
-        self._consumers: list[str] = []
+        self._consumers: dict[str, str] = {}
         self._callers = {queue: Counter() for queue in self._queues}
         self._callers_changed = Event()
         self._trace = Trace("" if sweepea.in_worker() else self.config.trace)
@@ -255,7 +256,7 @@ class OliveOly:
 
     async def _run_in_process(self, job: Job, info: JobInfo, limit) -> Outcome:
         """Run a job in a worker process, as soon as one is free."""
-        module = TASKS[job.task].function.__module__
+        module = _module(TASKS[job.task])
         async with self._processes.slots:
             self._begin(job)
             return await self._processes.call(
@@ -302,7 +303,8 @@ class OliveOly:
             job.read()
         except ValueError as exc:
             if job.times_back < BURIED:
-                return await self._bury(job, _failure("malformed", None, exc))
+                bad = _failure("malformed", None, exc.with_traceback(None))
+                return await self._bury(job, bad)
         if job.times_back >= BURIED:
             error = RuntimeError(f"came back {job.times_back} times: does it kill us?")
             # Of what came back so often, even the reply may be what kills us.
@@ -475,7 +477,9 @@ class OliveOly:
         """Watch over what is in hand, from the start of a connection to its end."""
         for job in self._in_hand:
             if job.channel is not None and job.channel.closed is not None:
-                self._await_message(job)
+                # Two jobs of one key cannot be told apart: one gets the next delivery.
+                if self._awaited.setdefault(job.key, job) is not job:
+                    job.channel = None
         await self._news.wake()
         await ignore_after(PATIENCE, channel.wait_closed())
         if channel.closed is None:
@@ -484,16 +488,14 @@ class OliveOly:
             self._awaited.clear()
             await self._news.wake()
             await channel.wait_closed()
+        deleted = None      # the queue that was, if the broker cancelled its consumer
+        if isinstance(channel.closed, ConsumerCancelled):
+            deleted = self._consumers.get(channel.closed.args[0].consumer_tag)
         for job in list(self._in_hand):
             await self._let_go(job)
+            if job.queue == deleted:
+                job.channel = None      # the message went with the queue
         await self._callers_changed.set()   # `_keep_places` sees that its time is over
-
-    def _await_message(self, job: Job) -> None:
-        # If the queue was deleted, its messages went with it, and none comes back. Of
-        # two jobs of one key, which cannot be told apart, one gets the next delivery.
-        was_deleted = isinstance(job.channel.closed, ConsumerCancelled)
-        if was_deleted or self._awaited.setdefault(job.key, job) is not job:
-            job.channel = None
 
     def _came_back(self, again: Job) -> bool:
         """Hand a delivery to the job in hand that awaits it, if there is one."""
@@ -520,9 +522,8 @@ class OliveOly:
 
     async def _give_back(self, job: Job) -> None:
         """Give back the message of a job, and cancel the job wherever it waits."""
-        if job.channel is None:
-            return                      # somebody else has, or may have, the message
-        job.channel.basic_nack(job.tag)     # a channel that is closed says nothing
+        if job.channel is not None:     # else somebody else has, or may have, it
+            job.channel.basic_nack(job.tag)     # a channel that is closed says nothing
         job.channel = job.call = None
         await job.kernel_task.cancel(blocking=False)
 
@@ -551,7 +552,7 @@ class OliveOly:
         channel.pika.basic_qos(prefetch_count=window)
         frame = await channel.call("basic_consume", queue, functools.partial(
             self._on_message, queue, channel))
-        self._consumers.append(frame.method.consumer_tag)
+        self._consumers[frame.method.consumer_tag] = queue
 
     async def _tend(self, channel: sweepea.Channel, window: int) -> None:
         """See to the consumers of a connection until its end."""
@@ -613,17 +614,18 @@ class OliveOly:
     async def _keep_places(self, channel: sweepea.Channel) -> None:
         """Have as many consumers on the queue of calls as the callers need. Those that
         are started here are the last in `_consumers`, and the first to go."""
-        tags, usual = self._consumers, len(self._consumers)
+        consumers, usual = self._consumers, len(self._consumers)
         while channel.closed is None and not self._stop.is_set():
-            if len(tags) < usual + self._places_wanted():
+            if len(consumers) < usual + self._places_wanted():
                 await self._consume(channel, self._calls_queue, self.config.prefetch)
                 continue
             # Callers come and go. So consumers go when all was quiet for a second.
             self._callers_changed.clear()
-            async with ignore_after(1.0 if len(tags) > usual else None) as timer:
+            async with ignore_after(1.0 if len(consumers) > usual else None) as timer:
                 await self._callers_changed.wait()
-            while timer.expired and len(tags) > usual + self._places_wanted():
-                await channel.call("basic_cancel", tags.pop())
+            while timer.expired and len(consumers) > usual + self._places_wanted():
+                tag, _queue = consumers.popitem()       # the last one
+                await channel.call("basic_cancel", tag)
 
     # -- starting ----------------------------------------------------------------------
     #
@@ -646,6 +648,16 @@ class OliveOly:
         set_up_log(self.config.log_level)
         with sweepea.signals(signal.SIGTERM, signal.SIGINT, signal.SIGHUP,
                              signal.SIGUSR1) as incoming:
+            stops = [number for number in incoming.numbers if number != signal.SIGUSR1]
+
+            # The first one is obeyed by the kernel (`_obey`). A second one must be
+            # obeyed even if a coroutine blocks the kernel.
+            def on_first(_number, _frame) -> None:
+                for number in stops:
+                    signal.signal(number, _leave_at_once)
+
+            for number in stops:
+                signal.signal(number, on_first)
             # The kernel ends before the trace: jobs that it cancels have slices, too.
             with closing(self._trace), sweepea.Kernel() as kernel:
                 kernel.run(self._main, incoming, background)
@@ -657,7 +669,7 @@ class OliveOly:
         self._kernel = kernel = await sweepea._get_kernel()
         self._threads = sweepea.ThreadPool(kernel, config.threads)
         # A worker process imports what it may have to run before any time limit counts.
-        modules = {registered.function.__module__ for registered in TASKS.values()
+        modules = {_module(registered) for registered in TASKS.values()
                    if self._kind(registered) == "process"}
         self._processes = sweepea.ProcessPool(
             kernel, config.processes, _set_up_worker,
@@ -694,7 +706,7 @@ class OliveOly:
             await self._link.run()
         except AMQPError as exc:
             log.error("the broker refuses us: %s%s", describe(exc),
-                      _advice(exc, self.config))
+                      advice(exc, self.config))
             self.stop(1)
 
     async def _on_connect(self, connection, channel: sweepea.Channel) -> None:
@@ -704,7 +716,7 @@ class OliveOly:
         await spawn(self._guard, channel)
         window = 1 if self._link.was_brief else self.config.prefetch
         await spawn(self._tend, channel, window)
-        self._consumers = []            # those before were the old connection's
+        self._consumers = {}            # those before were the old connection's
         for queue in self._queues:
             if not self._stop.is_set():
                 await self._consume(channel, queue, window)
@@ -736,21 +748,11 @@ class OliveOly:
         self._kernel._spawn(self._stop.set())
 
     async def _obey(self, incoming) -> None:
-        await self._next_stop(incoming)
-        # A coroutine that blocks the kernel must not keep a second signal from being
-        # obeyed, so that one has a handler.
-        for number in incoming.numbers:
-            if number != signal.SIGUSR1:
-                signal.signal(number, _leave_at_once)
-        self.stop()
-        # A second signal that came before there was a handler is found here.
-        _leave_at_once(await self._next_stop(incoming))
-
-    async def _next_stop(self, incoming) -> int:
-        """Wait for a signal to stop; meanwhile print the table whenever asked to."""
-        while (number := await incoming.get()) == signal.SIGUSR1:
-            await spawn(self._show)     # in a task of its own: it may fail alone
-        return number
+        while True:
+            if await incoming.get() == signal.SIGUSR1:
+                await spawn(self._show)     # in a task of its own: it may fail alone
+            else:
+                self.stop()
 
     async def _finish(self) -> None:
         """Take no more; give back what has not begun; wait for what has.
@@ -866,12 +868,14 @@ def _leave_at_once(number: int, _frame=None) -> None:
     os._exit(128 + number)
 
 
-def _advice(exc: AMQPError, config: OliveAppConfig) -> str:
+def advice(exc: AMQPError, config: OliveAppConfig) -> str:
     """What to do about a broker that refuses us."""
     if not isinstance(exc, ChannelClosedByBroker):
         return " (check OLIVE_URL)"
     if exc.reply_code == 403:
         return " (let rabbitmqctl set_permissions give the user of OLIVE_URL more)"
+    if exc.reply_code == 404:
+        return " (start the app, which declares it)"
     if f"queue '{config.queue}'" in str(exc):
         return " (delete it, or set OLIVE_QUEUE_ARGUMENTS as it was declared)"
     return " (delete it, or choose another name)"
@@ -1046,7 +1050,7 @@ def task(name=None, worker=None, timeout=None, retries=0, retry_delay=1.0) -> Ca
 
     if worker not in (None, "thread", "process"):
         raise ValueError(f"worker must be 'thread' or 'process', not {worker!r}")
-    if not (timeout is None or timeout > 0) or retry_delay < 0 or not (
+    if not (timeout is None or timeout > 0) or not retry_delay >= 0 or not (
             type(retries) is int and retries >= 0):
         raise ValueError("timeout must be above 0, retries and retry_delay at least 0")
     return register
@@ -1093,6 +1097,19 @@ def load_tasks(module: str) -> None:
         demo_tasks()
     elif module != "__main__":
         importlib.import_module(module)
+
+
+def _module(registered: OliveTask) -> str:
+    """The module by which a worker process knows a task.
+
+    multiprocessing imports `__main__` there under another name, but not if that is the
+    `__main__.py` of a package, which can be imported like any other module.
+    """
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if registered.function.__module__ == "__main__" and spec and (
+            spec.name.endswith(".__main__")):
+        return spec.name
+    return registered.function.__module__
 
 
 class JobInfo(NamedTuple):
@@ -1465,6 +1482,15 @@ class Client:
         queue is full, and TimeoutError if the broker does not take it in time;
         TypeError and ValueError for arguments and times that make no sense.
         """
+        if not isinstance(name, str) or not 0 < len(name) <= 1000:
+            raise ValueError(f"the name of a task is a text, not {name!r:.100}")
+        if isinstance(args, (str, bytes, Mapping)):
+            raise ValueError(f"args must be a list or a tuple, not {args!r:.100}")
+        if not (priority is None or type(priority) is int and 0 <= priority <= 255):
+            raise ValueError(f"priority must be from 0 to 255, not {priority!r:.100}")
+        if not (time_limit is None or (
+                isinstance(time_limit, (int, float)) and 0 < time_limit < 1e9)):
+            raise ValueError(f"time_limit must be seconds, not {time_limit!r:.100}")
         now, ident = datetime.now(timezone.utc), ident or str(uuid.uuid4())
         # AMQP has floating-point numbers, but pika cuts off what is behind the point.
         limit = time_limit and Decimal(str(time_limit))
@@ -1594,8 +1620,8 @@ class Client:
             await attempt("exchange_declare", exchange, "direct", durable=True)
             declared = await attempt("queue_declare", queue, durable=True,
                                      arguments=self.config.queue_arguments)
-            await attempt("queue_bind", queue, exchange, self.config.routing_key)
             found = declared or found
+        await attempt("queue_bind", queue, exchange, self.config.routing_key)
         # How many apps listen, if we may know.
         self.consumers = found.method.consumer_count if found else None
 
@@ -1612,8 +1638,10 @@ class Client:
 
 def _moment(when: datetime | float | None, now: datetime) -> str | None:
     """A point in time as Celery writes it; a number counts the seconds from now."""
-    if isinstance(when, (int, float)):
+    if isinstance(when, (int, float)) and abs(when) < 1e9:
         when = now + timedelta(seconds=when)
+    if not (when is None or isinstance(when, datetime)):
+        raise ValueError(f"{when!r:.100} is neither seconds nor a datetime")
     # Without a zone the app would take it for UTC, which in New York is five hours off.
     if when is not None and when.tzinfo is None:
         raise ValueError(f"{when} has no time zone: add .astimezone() or tzinfo=")
@@ -1882,8 +1910,8 @@ async def declare_topology(channel: sweepea.Channel, config: OliveAppConfig) -> 
 # =====================================================================================
 
 def _setting(default: Any, meaning: str, must: str, read: Callable = str.strip,
-             is_good: Callable[[Any], bool] = lambda value: True) -> Any:
-    return field(default=default, metadata=dict(
+             is_good: Callable[[Any], bool] = lambda value: True, shown=True) -> Any:
+    return field(default=default, repr=shown, metadata=dict(
         meaning=meaning, must=must, read=read, is_good=is_good))
 
 
@@ -1961,7 +1989,7 @@ class OliveAppConfig:
         "amqp://guest:guest@localhost:5672/%2F",
         "the broker, or several, comma-separated; amqps:// for TLS",
         "amqp://user:password@host:port/vhost or amqps://..., or several, separated by "
-        "commas", _urls)
+        "commas", _urls, shown=False)       # a password may be in it
     # The names of the queue of calls and of the routing keys are longer by a little.
     exchange: str = _name("Olive.x", "where tasks are sent to")
     queue: str = _name("Olive.q", "where tasks come from", 214)

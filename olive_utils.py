@@ -133,7 +133,8 @@ def _start_kernel() -> sweepea.Kernel:
 
 async def _client(config: OliveAppConfig | None) -> Client:
     # Without a config the environment is looked at each time: it may have changed.
-    key = repr(config or [item for item in os.environ.items() if "OLIVE_" in item[0]])
+    key = repr(vars(config) if config else [
+        item for item in os.environ.items() if "OLIVE_" in item[0]])
     async with _connecting:
         if key not in _clients:
             settings = config or OliveAppConfig.read(os.environ)
@@ -492,8 +493,9 @@ def main(argv: list[str] | None = None) -> None:
         fail(f"the broker does not take the message: {config.queue} is full", 4)
     except TimeoutError as exc:
         fail(str(exc), 4)
-    except sweepea.REFUSED as exc:
-        fail(f"the broker refuses us: {sweepea.describe(exc)} (check OLIVE_URL)", 4)
+    except (*sweepea.REFUSED, pika.exceptions.ChannelClosedByBroker) as exc:
+        what_to_do = olive_app.advice(exc, config)
+        fail(f"the broker refuses us: {sweepea.describe(exc)}{what_to_do}", 4)
     except pika.exceptions.AMQPError as exc:
         fail(f"no broker, or not as expected: {sweepea.describe(exc)}. Start the app "
              "(python olive_app.py --with-broker), or set OLIVE_URL", 4)

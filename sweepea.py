@@ -538,6 +538,8 @@ class _Timeout:
     """A deadline around a block, or around one call (`_over`)."""
 
     def __init__(self, seconds: float | None, ignore: bool, timeout_result: Any = None):
+        if seconds != seconds:
+            raise ValueError("NaN is no number of seconds")     # it equals nothing
         self._seconds, self._ignore = seconds, ignore
         self._timeout_result = timeout_result
         self.expired, self.result = False, True
@@ -765,12 +767,14 @@ class Kernel:
         self.loop.remove_timeout(alarm)
 
     async def _cancel_all(self) -> None:
+        limit = SHUTDOWN_GRACE
         # Tasks may spawn others on their way out, so this goes on until none is left.
         while others := [t for t in self._tasks.values() if t is not self._current]:
             for task in reversed(others):
-                await ignore_after(SHUTDOWN_GRACE, task.cancel)
+                await ignore_after(limit, task.cancel)
                 if not task.terminated:
                     log.error("%r would not go, and is dropped", task)
+                    limit /= 2      # However many there are, it takes twice the grace.
                 self._tasks.pop(task.id, None)
 
     def _close(self) -> None:
@@ -940,7 +944,7 @@ class Kernel:
 
     def _trap_sleep(self, seconds):
         now = time.monotonic()
-        if seconds <= 0:
+        if not seconds > 0:         # for NaN, which would spoil the heap, this is true
             self._schedule(self._current, now)
             return _SUSPENDED
         self._set_timer(self._current, "sleep", now + seconds)
@@ -1827,7 +1831,9 @@ def _process_main(sock: socket.socket) -> None:
     while head := stream.read(_HEAD):
         try:
             func, args = pickle.loads(stream.read(int.from_bytes(head, "big")))
-            reply = pickle.dumps((True, func(*args)))
+            # What the call sets in its context shall not be there in the next one.
+            run_in_context = contextvars.copy_context().run
+            reply = pickle.dumps((True, run_in_context(func, *args)))
         except BaseException as exc:
             reply = _pickled_exception(exc)
         sock.sendall(len(reply).to_bytes(_HEAD, "big") + reply)

@@ -113,6 +113,7 @@ def act(what, *args):
         for _ in range(100_000): result = [result]
         return result
     if what == "note": note(args[0])
+    if what == "mark": return {"__type__": "mine", "__value__": 1}
     if what == "job": return [*job()[:3], job().sent and job().sent.isoformat()]
     if what == "pid": return os.getpid()
     if what == "log": logging.warning("%s in %d", args[0], os.getpid())
@@ -3598,7 +3599,7 @@ def test_many_threads_share_one_connection(live):
         answers = list(pool.map(lambda n: call_task("echo", [n], config=config),
                                 range(400)))
     assert answers == [[[n], {}] for n in range(400)]
-    assert len([key for key in olive_utils._clients if key == repr(config)]) == 1
+    assert len([key for key in olive_utils._clients if key == repr(vars(config))]) == 1
 
 
 def test_a_forked_child_has_a_connection_of_its_own(live):
@@ -3614,6 +3615,24 @@ def test_a_forked_child_has_a_connection_of_its_own(live):
     with open(ours, "rb") as pipe:
         assert pipe.read() == b"[[2], {}]"
     assert call_task("echo", [3], config=config) == [[3], {}]
+
+
+@pytest.mark.parametrize("wrong", [
+    dict(name=print), dict(name=""), dict(args="ab"), dict(args={"a": 1}),
+    dict(countdown="3"), dict(countdown=float("nan")), dict(countdown=1e300),
+    dict(eta="2030"), dict(eta=datetime.now().date()), dict(expires=timedelta(1)),
+    dict(time_limit="a"), dict(time_limit=-3), dict(priority=300), dict(priority="a")])
+def test_what_makes_no_sense_is_not_sent(wrong, live):
+    config = OliveAppConfig.from_env(live.config)
+    with pytest.raises(ValueError):
+        send_task(**{"name": "echo", "config": config, **wrong})
+    assert "guest:guest" not in repr(config)
+
+
+def test_a_reply_that_makes_no_sense_is_an_error(live):
+    config = OliveAppConfig.from_env(live.config)
+    with pytest.raises(ValueError, match="none of the types"):
+        call_task("in_thread", ["mark"], config=config)
 
 
 def test_a_program_that_has_sent_leaves_nothing(live):
@@ -4130,6 +4149,65 @@ def test_a_stop_waits_no_longer_than_the_grace(client, name):
         assert app.ident in line and app.log.count("given back") == 1
     wait_until(lambda: client.count(client.queue) == 1 + unstarted)
     assert client.count(client.replies) == 0
+
+
+def test_a_second_signal_is_obeyed_while_a_coroutine_blocks(client, tmp_path):
+    environ = tasks_module(tmp_path, """
+import time
+@task
+async def blocks():
+    print("it blocks", flush=True)
+    time.sleep(3600)
+""")
+    with running({**client.config, **environ}) as app:
+        client.send("blocks", [])
+        app.wait_for("it blocks")
+        app.signal()
+        # The first is seen when there is a handler that leaves.
+        wait_until(lambda: app.signal() or app.process.poll() is not None)
+        assert app.wait() == 128 + signal.SIGTERM
+
+
+def test_many_coroutines_that_do_not_go_hold_nobody_up(client, tmp_path):
+    environ = tasks_module(tmp_path, """
+import sweepea
+@task
+async def stays():
+    while True:
+        try: await sweepea.sleep(3600)
+        except GeneratorExit: raise
+        except BaseException: pass
+""")
+    with running({**client.config, **environ, "OLIVE_GRACE": "0"}) as app:
+        for _ in range(30):
+            client.send("stays", [])
+        wait_until(lambda: client.count(client.queue) == 0)
+        app.signal()
+        assert app.wait(30) == 0        # and not 30 times two seconds
+
+
+def test_the_queue_of_calls_is_deleted_while_jobs_run(client, tmp_path):
+    environ = tasks_module(tmp_path, """
+import os, time
+@task
+def held(path):
+    with open(path + ".begun", "a") as file: file.write("begun\\n")
+    while not os.path.exists(path): time.sleep(0.02)
+    return "held"
+""")
+    go = tmp_path / "go"
+    with running({**client.config, **environ}) as app:
+        for _ in range(5):
+            client.send("held", [str(go)])
+        begun = tmp_path / "go.begun"
+        wait_until(lambda: begun.exists() and begun.read_text().count("begun") == 5)
+        client.channel.queue_delete(f"{client.queue}.calls")
+        app.wait_for("reconnected")
+        go.touch()
+        assert [client.reply()["result"] for _ in range(5)] == ["held"] * 5
+        app.stop()
+    assert begun.read_text().count("begun") == 5
+    assert client.count(client.queue) == 0
 
 
 @pytest.mark.parametrize("first, second, name", [
