@@ -762,7 +762,7 @@ class OliveOly:
         """
         await self._news.wake()             # a stop is a reason to await no message
         async with ignore_after(2.0):       # the broker may be frozen
-            for consumer in self._consumers:
+            for consumer in list(self._consumers):
                 await self._ask_broker("basic_cancel", consumer)
         for job in list(self._in_hand):
             await self._let_go(job)
@@ -1620,8 +1620,8 @@ class Client:
             await attempt("exchange_declare", exchange, "direct", durable=True)
             declared = await attempt("queue_declare", queue, durable=True,
                                      arguments=self.config.queue_arguments)
+            await attempt("queue_bind", queue, exchange, self.config.routing_key)
             found = declared or found
-        await attempt("queue_bind", queue, exchange, self.config.routing_key)
         # How many apps listen, if we may know.
         self.consumers = found.method.consumer_count if found else None
 
