@@ -102,15 +102,15 @@ PATIENCE = 180.0            # seconds that a job waits for its message to come b
 #     while it runs                    to somebody else      runs again    gets a reply
 #     after it, before the reply       to somebody else      runs again    gets a reply
 #     after the reply                  to somebody else      runs again    gets two
-#     after the acknowledgement        is gone               ran once      has a reply
+#     after the acknowledgement        is gone               ran once      gets a reply
 #     after a copy is published        both may be there     may run twice
 #
 # Some words have one meaning each below. A `Job` is a message in hand and what it asks
 # for; the section "Messages" has a picture of its states. A message is *settled* when
 # it is acknowledged after the reply, or after a copy was confirmed. To *bury* a message
 # is to settle it by a copy in the dead queue. A job that has not begun can be *let go*:
-# nobody here will settle its message, which is also *given back*, by a nack, if there
-# is still somebody to take it. To *give up* a message is to await it no longer.
+# nobody here will settle its message. If the channel is still open, the message is also
+# *given back*, by a nack. To *give up* a message is to await it no longer.
 # =====================================================================================
 
 class OliveOly:
@@ -188,7 +188,7 @@ class OliveOly:
             log.exception("%s: a fault of the app", job.name)
             await self._bury(job, _failure("failed", None, exc))
         except sweepea.TaskCancelled:   # let go, or cut short by the end of the app
-            self._ran(job, "given back")
+            self._ran(job, "cut short")
             raise
         finally:
             self._in_hand.discard(job)
@@ -264,12 +264,13 @@ class OliveOly:
                 begins=lambda pid: job.at(f"process {pid}"))
 
     async def _settle(self, job: Job, reply: bytes | None) -> None:
-        """Send the reply, if one is wanted, then acknowledge, on one channel.
+        """Send the reply, if one is wanted, then acknowledge, on one channel. If the
+        message was given up, only the reply is sent.
 
-        The broker handles what is said on a channel in order. So it never forgets a
-        message of which it does not have the reply yet. Nobody confirms the reply: for
-        that it would have to travel on another channel, and the acknowledgement to wait
-        for it, which costs every message a round trip.
+        The broker handles what is said on a channel in order. So, as long as it lives,
+        it never forgets a message of which it does not have the reply yet. Nobody
+        confirms the reply: for that it would have to travel on another channel, and the
+        acknowledgement to wait for it, which costs every message a round trip.
         """
         has_message = await self._has_message(job)
         if not has_message and not self._stop.is_set():
@@ -473,13 +474,16 @@ class OliveOly:
     #     PATIENCE later    what is not back by now is given up
     #     it is lost        what has not begun is let go
 
-    async def _guard(self, channel: sweepea.Channel) -> None:
-        """Watch over what is in hand, from the start of a connection to its end."""
+    def _await_messages(self) -> None:
+        """On a new connection, before the first delivery: note what awaits one."""
         for job in self._in_hand:
             if job.channel is not None and job.channel.closed is not None:
                 # Two jobs of one key cannot be told apart: one gets the next delivery.
                 if self._awaited.setdefault(job.key, job) is not job:
                     job.channel = None
+
+    async def _guard(self, channel: sweepea.Channel) -> None:
+        """Watch over what is in hand, from the start of a connection to its end."""
         await self._news.wake()
         await ignore_after(PATIENCE, channel.wait_closed())
         if channel.closed is None:
@@ -713,6 +717,7 @@ class OliveOly:
         """Called by the link for each new connection, before it counts as up."""
         await declare_topology(channel, self.config)
         await self.client.listen_again(connection, channel)
+        self._await_messages()
         await spawn(self._guard, channel)
         window = 1 if self._link.was_brief else self.config.prefetch
         await spawn(self._tend, channel, window)
@@ -799,7 +804,7 @@ class OliveOly:
 
     def _ran(self, job: Job, status: str) -> None:
         """A job has run, perhaps not to its end: count it and show it."""
-        if status != "given back":
+        if status != "cut short":
             self._totals["done" if status == "done" else "failed"] += 1
         if self._trace.file or log.isEnabledFor(logging.DEBUG):
             place, began = job.whereabouts()
@@ -1585,11 +1590,13 @@ class Client:
         self._declare, self._connected = self._declare_missing, Future()
         self._connecting = await spawn(self._stay_connected)
         try:
-            await sweepea._future_wait(self._connected)
+            async with ignore_after(CONFIRM_LIMIT):
+                await sweepea._future_wait(self._connected)
+                return self
+            raise AMQPConnectionError(f"no connection within {CONFIRM_LIMIT:g} s")
         except BaseException:
             await self._connecting.cancel(blocking=False)
             raise
-        return self
 
     async def aclose(self) -> None:
         """Close the connection."""
@@ -1749,7 +1756,12 @@ class Job:
         self.id = headers.get("id") or properties.correlation_id
         if not isinstance(self.id, str):
             raise ValueError("there is no header 'id' with a text")
-        self.root_id = headers.get("root_id") or self.id
+        # Both ids go into the headers of what the job calls, where there is not room
+        # for any text (`MAX_HEADERS`).
+        root = headers.get("root_id")
+        self.root_id = root if isinstance(root, str) and len(root) < 1000 else self.id
+        if len(self.id) > 10_000:
+            raise ValueError("the header 'id' is longer than 10,000 characters")
         self.eta = _instant(headers.get("eta"), "eta")
         self.expires = _instant(headers.get("expires"), "expires")
         limits = headers.get("timelimit") or [None, None]
@@ -1820,7 +1832,7 @@ def _shown_lines(trace: str) -> str:
 #
 #     publish with the key 0.0. ... .1.0.1.Olive.q
 #        |
-#     exchange Olive.wait.16    digit 0: on to exchange Olive.wait.15, and so on
+#     exchange Olive.wait.16    digit 0: on to exchange Olive.wait.15, and so on ...
 #     exchange Olive.wait.2     digit 1: into queue Olive.wait.2, for 4 s
 #     exchange Olive.wait.1     digit 0: on to exchange Olive.wait.0
 #     exchange Olive.wait.0     digit 1: into queue Olive.wait.0, for 1 s
@@ -1841,7 +1853,7 @@ def _shown_lines(trace: str) -> str:
 # but a queue of the name `q` would also get what waits for `a.q`.
 # =====================================================================================
 
-LADDER = 17             # rungs: 1 s ... 65,536 s, 131,071 s in all; then once more
+LADDER = 17             # rungs: 1 s ... 65,536 s, 131,071 s in all; then all again
 WAITED, LOST = "Olive.waited", "Olive.lost"
 # A dead queue is looked at again and again, and each look counts as a return. RabbitMQ
 # 4 drops a message at the 20th. A limit of -1 means "never" to RabbitMQ 4, but to

@@ -357,7 +357,9 @@ async def _dead_letters(client: Client, options: argparse.Namespace) -> int:
             # The message goes back as if it had never been tried.
             properties.headers = {name: headers[name] for name in headers
                                   if not str(name).startswith("x-olive-")}
-            await client.publish(body, olive_app.republished(properties, retries=0))
+            # It is asked for now, so it does not expire.
+            await client.publish(body, olive_app.republished(
+                properties, retries=0, expires=None))
             channel.basic_ack(method.delivery_tag)
             continue
         if columns and wanted is True and found == 1:
@@ -493,6 +495,8 @@ def main(argv: list[str] | None = None) -> None:
         fail(f"the broker does not take the message: {config.queue} is full", 4)
     except TimeoutError as exc:
         fail(str(exc), 4)
+    except ValueError as exc:
+        fail(str(exc), 2)
     except (*sweepea.REFUSED, pika.exceptions.ChannelClosedByBroker) as exc:
         what_to_do = olive_app.advice(exc, config)
         fail(f"the broker refuses us: {sweepea.describe(exc)}{what_to_do}", 4)

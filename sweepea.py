@@ -635,9 +635,9 @@ def ignore_after(seconds: float | None, corofunc=None, *args,
 #
 # Three rules keep all this free of locks. One thread alone touches the kernel, the one
 # that is in `run`; another thread may only complete a future. A task reaches the kernel
-# by traps. What cannot trap, as it is no coroutine, may do three things in the kernel's
-# thread: call `_spawn`, complete a future, and leave something to the end of the turn
-# (`_at_turn_end`).
+# by traps. What cannot trap, as it is no coroutine, may do four things in the kernel's
+# thread: call `_spawn`, complete a future, set a timer of pika's, and leave something
+# to the end of the turn (`_at_turn_end`).
 # =====================================================================================
 
 SLICE = 0.001           # seconds after which no further task is begun in a turn
@@ -685,7 +685,7 @@ class Kernel:
         self._rung = False                      # the loop was told of these already
         # While in `run`: its thread, the task that it waits for, the one that runs.
         self._thread = self._main = self._current = None
-        self._at_turn_end: list[Callable] = []  # each is called once, then
+        self._at_turn_end: list[Callable] = []  # called once each when the turn ends
         self._shutdown_funcs: list[Callable[[], Any]] | None = []   # None: it is closed
         self._call_at_shutdown = self._shutdown_funcs.append
         self._traps: dict[str, Callable] = {
@@ -750,7 +750,7 @@ class Kernel:
                 self.loop.process_timeouts()
                 self._turn()
         finally:
-            _driving.discard(self._thread)      # a forked child has emptied it
+            _driving.discard(self._thread)      # in a forked child it is not there
             self._current = self._thread = None
 
     def _poll(self) -> None:
@@ -958,9 +958,10 @@ class Kernel:
 
     def _trap_unset_timeout(self, previous):
         # A timeout that is still pending was meant for the block that is being left, so
-        # it is dropped. The evil corner: the outer deadline may have passed as well. It
-        # must not be raised here, in the `__aexit__` of the inner block. The outer
-        # deadline's timer is set again; as it is overdue, it fires in the next turn.
+        # it is dropped. The evil corner: the outer deadline may have passed as well. If
+        # it were raised here, in the `__aexit__` of the inner block, that would be left
+        # half-way. So the outer deadline's timer is set again; as it is overdue, it
+        # fires in the next turn.
         task = self._current
         if isinstance(task.cancel_pending, TaskTimeout):
             task.cancel_pending = None
@@ -1269,8 +1270,9 @@ class _Closable:
 
 
 class _Services(SelectorIOServicesAdapter):
-    """pika's own adapter to its loop, which also notes the numbers of the sockets, so
-    that forked children can be kept from holding them (see the end of chapter 6)."""
+    """pika's own adapter to its loop, which looks names up in daemon threads, and notes
+    the numbers of the sockets, so that forked children can be kept from holding them
+    (see the end of chapter 6)."""
 
     def getaddrinfo(self, host, port, on_done, socktype=0, **kwargs) -> Future:
         """Look a name up, as pika does, but in a daemon thread: the end of the program
@@ -1321,7 +1323,10 @@ class Connection(_Closable):
     async def _open(self, url: str) -> None:
         self._unblocked = Event()       # up as long as the broker lets us publish
         await self._unblocked.set()
-        params = pika.URLParameters(url)
+        try:
+            params = pika.URLParameters(url)
+        except (OSError, ValueError) as exc:    # a file for TLS is not there just now
+            raise AMQPConnectionError(repr(exc)) from None
 
         def connect(on_open_callback: Callable) -> None:
             self.pika = SelectConnection(
@@ -1605,8 +1610,8 @@ def describe(error: BaseException) -> str:
 # its processes dies, and cannot kill the one that runs a call.
 # =====================================================================================
 
-THREADS = 20                        # the sizes of the pools, unless somebody has made
-PROCESSES = os.cpu_count() or 1     # a pool of another size for the kernel before
+# The sizes of the pools, unless somebody has made pools of other sizes for the kernel.
+THREADS, PROCESSES = 20, os.cpu_count() or 1
 WORKER_NAME = "sweepea-worker"      # of each worker process, as multiprocessing has it
 
 
@@ -1665,8 +1670,8 @@ class Call:
         end_ticket      the thread has it: the outcome counts
                         the kernel has it: the thread is abandoned in its midst
 
-    `name` is what the log calls it. `thread` is the number of the thread that ran it,
-    from `began` to `ended`, by the kernel's clock; all three are None until then.
+    `name` is what the log calls it. `thread` is the number of the thread that took it,
+    at `began` by the kernel's clock, and was done with it at `ended`; else None.
     """
 
     thread = began = ended = outcome = error = alarm = None
@@ -1754,9 +1759,9 @@ class ThreadPool:
     def _work(self) -> None:
         pid, thread = os.getpid(), threading.get_ident()
         while (call := self._calls.get()) is not None:
-            call.thread, call.began = thread, time.monotonic()
             if not call.begin_ticket.acquire(blocking=False):
                 continue
+            call.thread, call.began = thread, time.monotonic()
             outcome = error = None
             try:
                 outcome = call.context.run(call.func, *call.args)
@@ -1810,7 +1815,7 @@ def _process_main(sock: socket.socket) -> None:
     # These handlers do nothing. SIG_IGN would do the same, but programs that a job
     # starts would inherit it. What a job forks gets the default handlers, and loses our
     # socket, or nobody would see this process die (chapter 6).
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, lambda *_: None)
         _handled.add(number)
     _connected.add(sock.fileno())

@@ -3007,7 +3007,7 @@ def test_the_timeline_of_a_run(vhost, broker, tmp_path):
         assert 59.9 < record["args"]["queued"] < 90, record
     assert slices[odd, "done"]["args"]["queued"] is None
     assert (fails, "failed") in slices and (slow, "timeout") in slices
-    assert slices[hangs, "given back"]["dur"] > 400_000
+    assert slices[hangs, "cut short"]["dur"] > 400_000
     assert len([r for r in records if r["ph"] == "X"]) == len(sent) + 5
     moments = [(r["name"], r.get("args")) for r in records if r["ph"] == "i"]
     assert moments == [("retry", {"task": "never", "id": fails}), ("reconnect", None)]
@@ -3416,8 +3416,8 @@ def test_the_readme_does_what_it_says(client, tmp_path):
 
 def test_the_strace_of_the_walkthrough_prints_what_it_says(tmp_path):
     (tmp_path / "strace.py").write_text(code_blocks("WALKTHROUGH.md")[0])
-    shown = re.search(r"in front:\n\n```\n(.*?)```", (HERE / "WALKTHROUGH.md").read_text(),
-                      re.S)[1]
+    text = (HERE / "WALKTHROUGH.md").read_text()
+    shown = re.search(r"in front:\n\n```\n(.*?)```", text, re.S)[1]
     printed = python({}, tmp_path / "strace.py").stdout
     # (the times, which are the first word of a line, differ)
     words = [re.sub(r"^[\d.]+ ", "", text, flags=re.M) for text in (shown, printed)]
