@@ -63,6 +63,9 @@ TaskFailed, fail = olive_app.TaskFailed, olive_app.fail
 #        |<---------------------------------------+  the Future has the result
 # =====================================================================================
 
+# Three threads may meet here: two of the program that send for the first time, and the
+# kernel's. What two threads may change at once has a lock; what only tasks of the kernel
+# change needs none, but a semaphore where a task waits in the middle of the change.
 _lock = threading.Lock()                # for whoever makes the kernel
 _kernel: sweepea.Kernel | None = None
 _clients: dict[str, Client] = {}        # by settings; only the kernel's thread uses it
