@@ -63,9 +63,10 @@ TaskFailed, fail = olive_app.TaskFailed, olive_app.fail
 #        |<---------------------------------------+  the Future has the result
 # =====================================================================================
 
-# Three threads may meet here: two of the program that send for the first time, and the
-# kernel's. What two threads may change at once has a lock; what only tasks of the kernel
-# change needs none, but a semaphore where a task waits in the middle of the change.
+# Several threads meet here: those of the program that send for the first time, and the
+# kernel's. What two threads may change at once has a lock. What tasks of the kernel
+# change needs none, but a semaphore where a task waits in the midst of the change:
+# without it, two tasks would open two connections for the same settings.
 _lock = threading.Lock()                # for whoever makes the kernel
 _kernel: sweepea.Kernel | None = None
 _clients: dict[str, Client] = {}        # by settings; only the kernel's thread uses it
@@ -513,6 +514,9 @@ def main(argv: list[str] | None = None) -> None:
 
 # =====================================================================================
 # 2. The demo
+#
+# A newcomer wants to see it work before anything is set up. So the app and its sender
+# run in one program here: a background coroutine of the app calls the demo tasks.
 # =====================================================================================
 
 def _connect(config: OliveAppConfig) -> pika.BlockingConnection:
