@@ -2201,17 +2201,19 @@ if __name__ == "__main__":
     main()
 """
 
-@pytest.mark.parametrize("how", ["unguarded", "inside", "module"])
+@pytest.mark.parametrize("how", ["unguarded", "inside", "module", "package"])
 def test_a_process_task_may_be_anywhere(how, client, tmp_path):
-    (tmp_path / "own.py").write_text(UNGUARDED if how == "unguarded" else GUARDED)
+    program = tmp_path / ("own/__main__.py" if how == "package" else "own.py")
+    program.parent.mkdir(exist_ok=True)
+    program.write_text(UNGUARDED if how in ("unguarded", "package") else GUARDED)
     trace = tmp_path / "trace"
     config = {**client.config, "PYTHONPATH": f"{tmp_path}:{HOUSE}",
               "OLIVE_TRACE": str(trace), "OLIVE_PROCESSES": "2", "OLIVE_TASKS": ""}
-    script, argv = ("-m", ["own"]) if how == "module" else (tmp_path / "own.py", [])
+    script, argv = ("-m", ["own"]) if how in ("module", "package") else (program, [])
     with running(config, *argv, script=script) as app:
         client.send("in_process", ["pid"])
         assert client.reply()["result"] in app.children()
-        if how == "unguarded":
+        if how in ("unguarded", "package"):
             client.send("mine", [])
             assert client.reply()["result"] in app.children()
             app.wait_for("beside it runs this")
@@ -2822,6 +2824,13 @@ def test_values_travel_as_celery_writes_them(value, name, written, live):
         [value], {"k": [value]}]
     live.send("echo", [{"__type__": name, "__value__": written}])
     assert live.reply()["result"] == [[{"__type__": name, "__value__": written}], {}]
+
+
+def test_an_id_that_no_call_could_carry_is_malformed(live):
+    ident = live.send("echo", [], id="x" * 20_000, properties={"correlation_id": "c"})
+    reply = live.reply()
+    assert "longer than 10,000" in reply["result"]["exc_message"][0]
+    assert buried(live, "malformed")[1]["id"] == ident
 
 
 def test_other_marks_of_a_type(live):
@@ -4060,12 +4069,13 @@ def test_one_dead_message_is_shown_in_full(dead):
 
 
 def test_one_dead_message_is_replayed(dead):
-    idents = [dead.put() for _ in range(3)]
+    idents = [dead.put(expires=later(-9).isoformat()) for _ in range(3)]
     sent = send(dead.config, "--replay", idents[1])
     assert (sent.returncode, sent.stdout) == (0, "")
     assert sent.stderr == "1 sent back to work\n"
     properties, _ = dead.get(dead.queue)
     assert properties.headers["id"] == idents[1]
+    assert properties.headers["expires"] is None        # somebody wants it now
     assert not [name for name in properties.headers if name.startswith("x-olive")]
     wait_until(lambda: dead.count(dead.dead_queue) == 2)
     for option in "--dead", "--replay":
