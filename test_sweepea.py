@@ -2986,7 +2986,7 @@ def test_the_timeline_of_a_run(vhost, broker, tmp_path):
     with running(environ) as app:
         began = datetime.now(timezone.utc)
         kinds = ["work", "pwork", "cowork"]
-        sent = {client.send(kind, (i, 0.01 * (i % 5)), **{
+        sent = {client.send(kind, (i, 0.05 + 0.01 * (i % 5)), **{
             "x-olive-sent": (began - timedelta(seconds=60)).isoformat()}): kind
             for i in range(20) for kind in kinds}
         odd = client.send("work", "i", **{"x-olive-sent": "yesterday"})
@@ -3008,7 +3008,7 @@ def test_the_timeline_of_a_run(vhost, broker, tmp_path):
     assert all(re.fullmatch(r"thread \d+", name) for name in on["work"])
     assert all(re.fullmatch(r"process \d+", name) for name in on["pwork"])
     assert all(re.fullmatch(r"kernel( \d+)?", name) for name in on["cowork"])
-    assert len(on["work"]) == 3 and len(on["pwork"]) == 2
+    assert 1 < len(on["work"]) <= 3 and len(on["pwork"]) <= 2
     assert "kernel" in on["cowork"] and len(on["cowork"]) > 1
     for ident, kind in sent.items():
         record = slices[ident, "done"]
