@@ -950,6 +950,7 @@ class Trace:
         # Unbuffered, so that the system gets in one piece what is written.
         self.file = open(path, "wb", buffering=0) if path else None
         self._separator, self._records = "[", []
+        self._encode = json.JSONEncoder().encode
         self._tids: dict[int | str, int] = {}   # of the tracks
         self._lanes: list[int] = []             # when each kernel's track is free again
         self._counted = self._in_hand = 0       # when the last count was; what it was
@@ -960,10 +961,8 @@ class Trace:
         """Add a record, of this moment if no other is given."""
         if self.file:
             ts = ts or int(time.monotonic() * 1e6)
-            self._records.append(
-                dict(ph=ph, name=name, pid=os.getpid(), tid=tid, ts=ts, **more))
-            if len(self._records) >= 1000:
-                self.write()
+            self._records.append(self._encode(
+                dict(ph=ph, name=name, pid=os.getpid(), tid=tid, ts=ts, **more)))
 
     def slice(self, job: Job, place: str, began: float, ended: float, status) -> None:
         """Add a job that ran in a place, between two times of `time.monotonic()`."""
@@ -984,8 +983,15 @@ class Trace:
         with suppress(Exception):       # anything may be in that header
             sent = datetime.fromisoformat(job.headers["x-olive-sent"])
             queued = round(self._epoch + began - sent.timestamp(), 6)
-        self.add("X", job.task, self._tids[track], start, dur=end - start,
-                 args={"id": job.id, "outcome": status, "queued": queued})
+        # This is as `add` would write it, but takes a quarter of the time.
+        encode = self._encode
+        self._records.append(
+            f'{{"ph": "X", "name": {encode(job.task)}, "pid": {os.getpid()}, '
+            f'"tid": {self._tids[track]}, "ts": {start}, "dur": {end - start}, '
+            f'"args": {{"id": {encode(job.id)}, "outcome": "{status}", '
+            f'"queued": {encode(queued)}}}}}')
+        if len(self._records) >= 1000:
+            self.write()
 
     def count(self, in_hand: int) -> None:
         """Add how many messages are in hand, if that has changed; not more often than
@@ -998,8 +1004,7 @@ class Trace:
     def write(self, end: str = "") -> None:
         """Write what has come together."""
         if self.file and self._records:
-            # To encode all at once is quicker than one by one.
-            data = self._separator + json.dumps(self._records)[1:-1] + end
+            data = self._separator + ",\n".join(self._records) + end
             self._separator, self._records = ",\n", []
             with suppress(OSError):     # a full disk must not stop the work
                 self.file.write(data.encode())
@@ -1983,8 +1988,8 @@ def _modules(value: tuple | str) -> tuple:
 
 
 def _can_be_written(path: str) -> bool:
-    return not os.path.isdir(path) and (
-        os.access(os.path.dirname(path) or ".", os.W_OK))
+    where = path if os.path.exists(path) else os.path.dirname(path) or "."
+    return not os.path.isdir(path) and os.access(where, os.W_OK)
 
 
 LEVELS = "DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"
