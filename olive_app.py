@@ -1697,9 +1697,9 @@ class Job:
     """A message in hand and what it asks for, from delivery until it is settled.
 
     `channel` and `tag` are the delivery; the channel is None once the job is let go or
-    its message given up. `begun` is set as soon as anything is done that a second time
-    would do again; `call` is the job's way through a thread, which knows for itself
-    whether it has begun.
+    its message given up. `begun` is true once a coroutine, a process or a publication
+    of a copy is under way, which would be done twice if the job were let go. Of a job
+    in a thread, `call` knows whether it has begun.
 
         channel open       waits -----> runs -----> done ------> settled
                              |            |           |             ^

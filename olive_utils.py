@@ -478,9 +478,10 @@ async def _interrupted(came: sweepea.signals) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Send a message to the app and print the result of its job, as JSON.
 
-    The exit status is 0 if all is well, 1 if the task failed, 2 for a wrong use, 3 if
-    no answer came in time, 4 if there is no broker or no queue is bound. The settings
-    are those of the app: see python olive_app.py --help.
+    The exit status is 0 if all is well, 1 if the task failed or nothing dead has that
+    ID, 2 for a wrong use, 3 if no answer came in time, 4 if there is no broker or it
+    does not take the message, 130 after Ctrl-C. The settings are those of the app: see
+    python olive_app.py --help.
     """
     options, config = _parse(argv), OliveAppConfig.from_env()
     # What pika reports comes as an exception, too, and is said once, below.

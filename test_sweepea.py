@@ -4178,19 +4178,10 @@ async def blocks():
         assert app.wait() == 128 + signal.SIGTERM
 
 
-def test_many_coroutines_that_do_not_go_hold_nobody_up(client, tmp_path):
-    environ = tasks_module(tmp_path, """
-import sweepea
-@task
-async def stays():
-    while True:
-        try: await sweepea.sleep(3600)
-        except GeneratorExit: raise
-        except BaseException: pass
-""")
-    with running({**client.config, **environ, "OLIVE_GRACE": "0"}) as app:
+def test_many_coroutines_that_do_not_go_hold_nobody_up(client):
+    with running({**client.config, "OLIVE_GRACE": "0"}) as app:
         for _ in range(30):
-            client.send("stays", [])
+            client.send("stubborn", [])
         wait_until(lambda: client.count(client.queue) == 0)
         app.signal()
         assert app.wait(30) == 0        # and not 30 times two seconds
