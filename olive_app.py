@@ -174,7 +174,7 @@ class OliveOly:
         """Find out what the message asks for, do it, and settle the message."""
         _here.set((self, job))          # for `call`
         try:
-            if await self._is_due(job):
+            if await self._admit(job):
                 outcome = await self._run(job)
                 job.begun = True        # a thread that was given the job has done it
                 self._ran(job, outcome.status)
@@ -183,7 +183,7 @@ class OliveOly:
                     return
                 if outcome.kind:        # the job is done, but its result cannot be sent
                     log.warning("%s: %s", job.name, _shown(outcome.text))
-                await self._settle(job, outcome.reply)
+                await self._reply_and_ack(job, outcome.reply)
         except Exception as exc:        # a fault of ours must not hold the message
             log.exception("%s: a fault of the app", job.name)
             await self._bury(job, _failure("failed", None, exc))
@@ -209,9 +209,10 @@ class OliveOly:
                 outcome = await self._run_in_process(job, info, limit)
                 if outcome.status != "unknown-task":
                     return outcome
-            job.call = sweepea.Call(self._threads, _execute, (info, job.body), limit)
-            job.call.name = job.name
-            return await job.call.run()
+            what = info, job.body
+            job.thread_call = sweepea.Call(self._threads, _execute, what, limit)
+            job.thread_call.name = job.name
+            return await job.thread_call.run()
         except TimeoutError:
             return _failure("timeout", job.id, TimeLimitExceeded(f"{limit:g} s"))
         except sweepea.WorkerLost as exc:
@@ -263,7 +264,7 @@ class OliveOly:
                 _execute_in_child, (module, info, job.body), limit,
                 begins=lambda pid: job.at(f"process {pid}"))
 
-    async def _settle(self, job: Job, reply: bytes | None) -> None:
+    async def _reply_and_ack(self, job: Job, reply: bytes | None) -> None:
         """Send the reply, if one is wanted, then acknowledge, on one channel. If the
         message was given up, only the reply is sent.
 
@@ -298,7 +299,7 @@ class OliveOly:
     # again after each restart. So it is put into the dead queue with the reason, where
     # a person can look at it, and its sender is told.
 
-    async def _is_due(self, job: Job) -> bool | None:
+    async def _admit(self, job: Job) -> bool | None:
         """Whether to run a job now; if not, its message is settled here."""
         try:
             job.read()
@@ -320,10 +321,10 @@ class OliveOly:
             if job.retries:
                 return await self._bury(job, late)
             log.info("%s has expired", job.name)
-            return await self._settle(job, late.reply)
+            return await self._reply_and_ack(job, late.reply)
         wait = (job.eta - now).total_seconds() if job.eta else 0
         if wait >= 1:
-            return await self._wait(job, wait)
+            return await self._delay(job, wait)
         if wait > 0:
             await sleep(wait)           # what is too short for the ladder
         if job.task.startswith("celery."):
@@ -367,7 +368,7 @@ class OliveOly:
                 await self._declare_anew(exchange or key, describe(exc))
                 continue
             if await self._has_message(job):
-                await self._settle(job, reply)
+                await self._reply_and_ack(job, reply)
             return True
         return False
 
@@ -418,12 +419,12 @@ class OliveOly:
                  _shown(outcome.text), job.retries + 2, retries + 1, pause)
         self._totals["retried"] += 1
         self._trace.add("i", "retry", s="p", args={"task": job.task, "id": job.id})
-        await self._wait(job, pause, retries=job.retries + 1, eta=eta.isoformat(), **{
+        await self._delay(job, pause, retries=job.retries + 1, eta=eta.isoformat(), **{
             "x-olive-error": f"{outcome.kind}: {outcome.text}"[:MAX_ERROR]})
 
-    async def _wait(self, job: Job, seconds: float, **changes: Any) -> None:
+    async def _delay(self, job: Job, seconds: float, **changes: Any) -> None:
         """Have a copy of the message come back later. What waits for less than a second
-        falls straight through the ladder, and `_is_due` sleeps so long."""
+        falls straight through the ladder, and `_admit` sleeps so long."""
         key = wait_key(seconds, job.queue)
         await self._move(job, wait_name(LADDER - 1), key, **changes)
 
@@ -496,7 +497,7 @@ class OliveOly:
         if isinstance(channel.closed, ConsumerCancelled):
             deleted = self._consumers.get(channel.closed.args[0].consumer_tag)
         for job in list(self._in_hand):
-            await self._let_go(job)
+            await self._let_go_unless_begun(job)
             if job.queue == deleted:
                 job.channel = None      # the message went with the queue
         await self._callers_changed.set()   # `_keep_places` sees that its time is over
@@ -518,17 +519,17 @@ class OliveOly:
             await self._news.suspend("MESSAGE_WAIT")
         return job.channel is not None
 
-    async def _let_go(self, job: Job) -> None:
+    async def _let_go_unless_begun(self, job: Job) -> None:
         """Give back the message of a job that has not begun, and drop the job."""
         # Of a job that is on its way through a thread, the call knows what it is.
-        if not job.begun and (job.call is None or job.call.take_back()):
-            await self._give_back(job)
+        if not job.begun and (job.thread_call is None or job.thread_call.take_back()):
+            await self._let_go(job)
 
-    async def _give_back(self, job: Job) -> None:
+    async def _let_go(self, job: Job) -> None:
         """Give back the message of a job, and cancel the job wherever it waits."""
         if job.channel is not None:     # else somebody else has, or may have, it
             job.channel.basic_nack(job.tag)     # a channel that is closed says nothing
-        job.channel = job.call = None
+        job.channel = job.thread_call = None
         await job.kernel_task.cancel(blocking=False)
 
     def _begin(self, job: Job) -> None:
@@ -594,7 +595,7 @@ class OliveOly:
     # that wait. At every moment some places are free of callers, enough to keep all
     # workers busy, and so there is no depth of calls at which all stand still.
 
-    async def _call(self, job: Job | None, *args: Any, **options: Any) -> Any:
+    async def _call_for(self, job: Job | None, *args: Any, **options: Any) -> Any:
         """Call a task for a job, and count the job as a caller meanwhile."""
         # A background coroutine, which has no job, takes nobody's place.
         callers = self._callers[job.queue] if job else Counter()
@@ -684,7 +685,7 @@ class OliveOly:
         self._began = time.monotonic()
         self._tick()
         await spawn(self._obey, incoming)
-        link = await spawn(self._stay_connected)
+        connecting = await spawn(self._stay_connected)
         for corofunc in background:
             await spawn(self._beside, corofunc)
         await self._stop.wait()
@@ -695,7 +696,7 @@ class OliveOly:
             if job.channel is not None:
                 log.warning("given back, as it did not end in time: %s", job.name)
         self.client.forget_replies()
-        await link.cancel()
+        await connecting.cancel()
         if self._link.ever_up:
             log.info("stopped: %s", self._show_totals())
 
@@ -770,14 +771,14 @@ class OliveOly:
             for consumer in list(self._consumers):
                 await self._ask_broker("basic_cancel", consumer)
         for job in list(self._in_hand):
-            await self._let_go(job)
+            await self._let_go_unless_begun(job)
         while self._in_hand:
             running = self._in_hand.difference(*self._callers.values())
             job = next(iter(running or self._in_hand))
             # If nobody takes what is called, those who wait for it wait in vain.
             if not running and not await self._is_answered():
                 for caller in list(self._in_hand):
-                    await self._give_back(caller)
+                    await self._let_go(caller)
             await ignore_after(0.5, job.kernel_task.wait)
 
     async def _is_answered(self) -> bool:
@@ -809,12 +810,12 @@ class OliveOly:
         if self._trace.file or log.isEnabledFor(logging.DEBUG):
             place, began = job.whereabouts()
             # The kernel learns of the end of a call in a thread a little later.
-            ended = getattr(job.call, "ended", None) or time.monotonic()
+            ended = getattr(job.thread_call, "ended", None) or time.monotonic()
             if not place.startswith("waits"):               # else it has not begun
                 log.debug("%s: %s in %.3f s", job.name, status, ended - began)
                 self._trace.slice(job, place, began, ended, status)
                 self._trace.count(len(self._in_hand))
-        job.call = None
+        job.thread_call = None
 
     def _tick(self) -> None:
         """Once a second: note how much is done, and have the timeline written.
@@ -967,7 +968,7 @@ class Trace:
     def slice(self, job: Job, place: str, began: float, ended: float, status) -> None:
         """Add a job that ran in a place, between two times of `time.monotonic()`."""
         start, end = int(began * 1e6), int(ended * 1e6)
-        track = job.call.thread if place == "thread" else place
+        track = job.thread_call.thread if place == "thread" else place
         if place == "coroutine":
             # Coroutines run side by side, and slices of one track must not overlap. So
             # there are as many tracks as it takes; this is the first that was free.
@@ -1144,7 +1145,7 @@ def job() -> JobInfo:
     if info is None:
         raise RuntimeError("job() is for tasks, while they do a job")
     try:
-        return info._replace(sent=_instant(info.sent, "x-olive-sent"))
+        return info._replace(sent=_read_time(info.sent, "x-olive-sent"))
     except ValueError:                  # the header is the sender's
         return info._replace(sent=None)
 
@@ -1214,7 +1215,7 @@ class WorkerLostError(Exception):
     __module__ = "billiard.exceptions"
 
 
-def _time(text: str) -> datetime:
+def _parse_time(text: str) -> datetime:
     return datetime.fromisoformat(text.replace("Z", "+00:00"))  # Python 3.10 has no Z
 
 
@@ -1222,8 +1223,8 @@ def _time(text: str) -> datetime:
 # is a date, too, so it comes first. Of bytes there are two forms, and the second is
 # kombu's for those that are text; it is only read here.
 _TYPES = {
-    "datetime": (datetime, datetime.isoformat, _time),
-    "date": (date, date.isoformat, lambda text: _time(text).date()),
+    "datetime": (datetime, datetime.isoformat, _parse_time),
+    "date": (date, date.isoformat, lambda text: _parse_time(text).date()),
     "time": (time_of_day, time_of_day.isoformat, time_of_day.fromisoformat),
     "decimal": (Decimal, str, Decimal),
     "uuid": (uuid.UUID, lambda value: {"hex": value.hex, "version": value.version},
@@ -1277,7 +1278,7 @@ def _decode(body: bytes) -> tuple[list, dict]:
     raise ValueError("the body is not [args, kwargs, embed]")
 
 
-def _answer(ident: str | None, status: str, result: Any, trace: str | None) -> bytes:
+def _reply(ident: str | None, status: str, result: Any, trace: str | None) -> bytes:
     """The body of a reply, as Celery's clients read it."""
     return to_json({"task_id": ident, "status": status, "result": result,
                     "traceback": trace, "children": []}).encode()
@@ -1295,7 +1296,7 @@ def _failure(reason: str, ident: str | None, exc: BaseException, status="FAILURE
     # A client raises what it is told, and would leave by an exception of these kinds.
     leaves = isinstance(exc, (SystemExit, KeyboardInterrupt, GeneratorExit))
     told = WorkerLostError if leaves else type(exc)
-    reply = _answer(ident, status, {"exc_type": told.__name__, "exc_message": [text],
+    reply = _reply(ident, status, {"exc_type": told.__name__, "exc_message": [text],
                                     "exc_module": told.__module__}, trace)
     return Outcome(reason, reply, type(exc).__name__, text, trace)
 
@@ -1331,7 +1332,7 @@ async def _perform(info: JobInfo, body: bytes) -> Outcome:
         reason = "malformed" if is_misfit else "failed"
         return _failure(reason, ident, exc.with_traceback(frames))
     try:
-        reply = _answer(ident, "SUCCESS", result, None)
+        reply = _reply(ident, "SUCCESS", result, None)
         if len(reply) > MAX_RESULT:
             raise ValueError(f"it is larger than {MAX_RESULT} bytes of JSON")
         return Outcome("done", reply)
@@ -1411,7 +1412,7 @@ async def call(name: str, args=(), kwargs=None, *, timeout: float | None = None,
     Raises TaskFailed if the job failed, and TimeoutError if no answer came in time.
     """
     app, job = await _caller()
-    return await app._call(job, name, args, kwargs, timeout=timeout, **options)
+    return await app._call_for(job, name, args, kwargs, timeout=timeout, **options)
 
 
 async def send(name: str, args=(), kwargs=None, **options: Any) -> str:
@@ -1512,8 +1513,8 @@ class Client:
                 "lang": "py", "task": name, "id": ident, "retries": 0, "group": None,
                 "root_id": parent.root_id if parent else ident,
                 "parent_id": parent.id if parent else None,
-                "timelimit": [limit, None], "eta": _moment(countdown or eta, now),
-                "expires": _moment(expires, now), "x-olive-sent": now.isoformat()})
+                "timelimit": [limit, None], "eta": _write_time(countdown or eta, now),
+                "expires": _write_time(expires, now), "x-olive-sent": now.isoformat()})
         async with ignore_after(self.limit):
             await self.publish(body, properties)
             return ident
@@ -1648,7 +1649,7 @@ class Client:
         return None
 
 
-def _moment(when: datetime | float | None, now: datetime) -> str | None:
+def _write_time(when: datetime | float | None, now: datetime) -> str | None:
     """A point in time as Celery writes it; a number counts the seconds from now."""
     if isinstance(when, (int, float)) and abs(when) < 1e9:
         when = now + timedelta(seconds=when)
@@ -1681,12 +1682,12 @@ MAX_HEADERS = 130_000       # bytes: a header frame has to fit into 128 KiB
 DROPPED = {"CC", "BCC", "x-death", "x-delivery-count"}
 
 
-def _instant(value: Any, name: str) -> datetime | None:
+def _read_time(value: Any, name: str) -> datetime | None:
     """Read an ISO 8601 header; one without a zone is in UTC, as Celery has it."""
     if value is None:
         return None
     try:
-        instant = _time(value)
+        instant = _parse_time(value)
         instant = instant if instant.tzinfo else instant.replace(tzinfo=timezone.utc)
         return instant.astimezone(timezone.utc)
     except (ValueError, AttributeError, TypeError, OverflowError):
@@ -1699,7 +1700,7 @@ class Job:
     `channel` and `tag` are the delivery; the channel is None once the job is let go or
     its message given up. `begun` is true once a coroutine, a process or a publication
     of a copy is under way, which would be done twice if the job were let go. Of a job
-    in a thread, `call` knows whether it has begun.
+    in a thread, `thread_call` knows whether it has begun.
 
         channel open       waits -----> runs -----> done ------> settled
                              |            |           |             ^
@@ -1717,7 +1718,7 @@ class Job:
     def __init__(self, queue: str, channel, method, properties, body: bytes) -> None:
         self.queue, self.channel, self.tag = queue, channel, method.delivery_tag
         self.since = time.monotonic()
-        self.begun, self.call, self.kernel_task = False, None, None
+        self.begun, self.thread_call, self.kernel_task = False, None, None
         self.properties, self.body = properties, body
         self.headers = properties.headers or {}
         self.name = "?"                 # for the log, until the headers are read
@@ -1737,8 +1738,8 @@ class Job:
 
     def whereabouts(self) -> tuple[str, float]:
         """Where the job is, and since when. A thread tells nobody that it begins."""
-        if self.call is not None and self.call.began is not None:
-            return "thread", self.call.began
+        if self.thread_call is not None and self.thread_call.began is not None:
+            return "thread", self.thread_call.began
         return self.place, self.since
 
     def read(self) -> None:
@@ -1767,8 +1768,8 @@ class Job:
         self.root_id = root if isinstance(root, str) and len(root) < 1000 else self.id
         if len(self.id) > 10_000:
             raise ValueError("the header 'id' is longer than 10,000 characters")
-        self.eta = _instant(headers.get("eta"), "eta")
-        self.expires = _instant(headers.get("expires"), "expires")
+        self.eta = _read_time(headers.get("eta"), "eta")
+        self.expires = _read_time(headers.get("expires"), "expires")
         limits = headers.get("timelimit") or [None, None]
         if not (isinstance(limits, list) and len(limits) == 2 and all(
                 limit is None or type(limit) in (int, Decimal) and limit >= 0

@@ -540,9 +540,9 @@ def demo(config: OliveAppConfig) -> None:
     answers at the URL, a private one is started. Raises BrokerError if that fails.
     """
     async def show_all() -> None:
-        for job in [("add", [2, 3]), ("sleep_n", [0.2]), ("fib", [20]),
+        for row in [("add", [2, 3]), ("sleep_n", [0.2]), ("fib", [20]),
                     ("do_nothing", []), ("fail", ["on purpose"]), ("add", [1, 1], 1.5)]:
-            await _show(*job)
+            await _show(*row)
         app.stop()
 
     if not is_reachable(config):

@@ -1253,7 +1253,7 @@ class _Closable:
             for answer in list(self._promises):
                 answer.set_exception(reason)
 
-    async def _call(self, method, *args, callback="callback", **kwargs) -> Any:
+    async def _ask(self, method, *args, callback="callback", **kwargs) -> Any:
         """Call a method of pika's whose parameter of the name `callback` takes the
         function that gets the answer; wait for that answer."""
         answer = self._promise()
@@ -1340,7 +1340,7 @@ class Connection(_Closable):
         # `_answer`) and not earlier, since pika trips over a close() in the midst of
         # its handshake. pika itself gives the handshake up after 15 s.
         try:
-            await self._call(connect, callback="on_open_callback")
+            await self._ask(connect, callback="on_open_callback")
         except AMQPError as exc:
             kind = type(exc) if isinstance(exc, REFUSED) else AMQPConnectionError
             where = f"{params.host}:{params.port}"
@@ -1368,7 +1368,7 @@ class Connection(_Closable):
     async def channel(self, confirm: bool = False) -> Channel:
         """Open a channel; with `confirm`, one whose publishes are confirmed."""
         channel = Channel(self._kernel, self)
-        channel.pika = await self._call(self.pika.channel, callback="on_open_callback")
+        channel.pika = await self._ask(self.pika.channel, callback="on_open_callback")
         channel.pika.add_on_close_callback(channel._on_close)
         channel.pika.add_on_cancel_callback(
             lambda frame: channel._on_close(None, ConsumerCancelled(frame.method)))
@@ -1406,7 +1406,7 @@ class Channel(_Closable):
         """
         if method == "basic_consume":
             args, kwargs = self._noting(*args, **kwargs)
-        return await self._call(getattr(self.pika, method), *args, **kwargs)
+        return await self._ask(getattr(self.pika, method), *args, **kwargs)
 
     # -- publishing, on a channel with confirms ----------------------------------------
 
@@ -1688,14 +1688,14 @@ class Call:
 
         Raises TimeoutError once it has run for more than `limit` seconds.
         """
-        self.pool.in_hand += 1
+        self.pool.pending += 1
         try:
             await _trap("trap_future_wait", self, None)
             if self.error is not None:
                 raise self.error
             return self.outcome
         finally:
-            self.pool.in_hand -= 1
+            self.pool.pending -= 1
             if self.alarm is not None:
                 self.pool.loop.remove_timeout(self.alarm)
             del self    # or the error would hold the frame, and the frame the error
@@ -1740,7 +1740,7 @@ class ThreadPool:
 
     def __init__(self, kernel: Kernel, size: int) -> None:
         self.loop, self.size = kernel.loop, size
-        self.in_hand = 0                    # calls that somebody waits for
+        self.pending = 0                    # calls that somebody waits for
         self.abandoned: set[Call] = set()   # calls that run on, though nobody waits
         self._calls: queue.SimpleQueue = queue.SimpleQueue()
         self._threads = 0
@@ -1752,7 +1752,7 @@ class ThreadPool:
         self._calls.put(call)
 
     def _grow(self) -> None:
-        if self._threads < min(self.size, self.in_hand):
+        if self._threads < min(self.size, self.pending):
             threading.Thread(target=self._work, daemon=True).start()
             self._threads += 1
 
