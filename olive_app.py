@@ -162,7 +162,7 @@ class OliveOly:
         """A message is delivered: a kernel task of its own lives its life."""
         if self._stop.is_set():
             return          # the message goes back when the connection is closed
-        job = Job(queue, channel, method, properties, body)
+        job = Job(queue, Delivery(channel, method.delivery_tag), properties, body)
         if method.redelivered:          # is it in hand? how often has it come back?
             if self._came_back(job):
                 return
@@ -177,10 +177,9 @@ class OliveOly:
             if await self._admit(job):
                 outcome = await self._run(job)
                 job.begun = True        # a thread that was given the job has done it
-                self._ran(job, outcome.status)
+                self._note_end(job, outcome.status)
                 if outcome.status != "done":
-                    await self._retry_or_bury(job, outcome)
-                    return
+                    return await self._retry_or_bury(job, outcome)
                 if outcome.kind:        # the job is done, but its result cannot be sent
                     log.warning("%s: %s", job.name, _shown(outcome.text))
                 await self._reply_and_ack(job, outcome.reply)
@@ -188,7 +187,7 @@ class OliveOly:
             log.exception("%s: a fault of the app", job.name)
             await self._bury(job, _failure("failed", None, exc))
         except sweepea.TaskCancelled:   # let go, or cut short by the end of the app
-            self._ran(job, "cut short")
+            self._note_end(job, "cut short")
             raise
         finally:
             self._in_hand.discard(job)
@@ -209,10 +208,9 @@ class OliveOly:
                 outcome = await self._run_in_process(job, info, limit)
                 if outcome.status != "unknown-task":
                     return outcome
-            what = info, job.body
-            job.thread_call = sweepea.Call(self._threads, _execute, what, limit)
-            job.thread_call.name = job.name
-            return await job.thread_call.run()
+            call = sweepea.Call(self._threads, _execute, (info, job.body), limit)
+            job.thread_call, call.name = call, job.name
+            return await call.run()
         except TimeoutError:
             return _failure("timeout", job.id, TimeLimitExceeded(f"{limit:g} s"))
         except sweepea.WorkerLost as exc:
@@ -276,7 +274,7 @@ class OliveOly:
         has_message = await self._has_message(job)
         if not has_message and not self._stop.is_set():
             await self._link.up.wait()
-        channel = job.channel if has_message else self._link.channel
+        channel = job.delivery.channel if has_message else self._link.channel
         address = job.properties.reply_to
         # A direct reply-to is no queue, and a malformed one has the broker close the
         # connection. A message that came back so often may have such an address.
@@ -287,7 +285,7 @@ class OliveOly:
                 content_type="application/json", content_encoding="utf-8",
                 delivery_mode=2, correlation_id=job.properties.correlation_id))
         if has_message:
-            job.channel.basic_ack(job.tag)
+            channel.basic_ack(job.delivery.tag)
             if not self._settled.is_set():
                 await self._settled.set()
 
@@ -478,10 +476,10 @@ class OliveOly:
     def _await_messages(self) -> None:
         """On a new connection, before the first delivery: note what awaits one."""
         for job in self._in_hand:
-            if job.channel is not None and job.channel.closed is not None:
+            if job.delivery and job.delivery.channel.closed:
                 # Two jobs of one key cannot be told apart: one gets the next delivery.
                 if self._awaited.setdefault(job.key, job) is not job:
-                    job.channel = None
+                    job.delivery = None
 
     async def _guard(self, channel: sweepea.Channel) -> None:
         """Watch over what is in hand, from the start of a connection to its end."""
@@ -489,7 +487,7 @@ class OliveOly:
         await ignore_after(PATIENCE, channel.wait_closed())
         if channel.closed is None:
             for job in self._awaited.values():
-                job.channel = None
+                job.delivery = None
             self._awaited.clear()
             await self._news.wake()
             await channel.wait_closed()
@@ -499,25 +497,24 @@ class OliveOly:
         for job in list(self._in_hand):
             await self._let_go_unless_begun(job)
             if job.queue == deleted:
-                job.channel = None      # the message went with the queue
+                job.delivery = None     # the message went with the queue
         await self._callers_changed.set()   # `_keep_places` sees that its time is over
 
     def _came_back(self, again: Job) -> bool:
         """Hand a delivery to the job in hand that awaits it, if there is one."""
-        job = self._awaited.pop(again.key, None)
-        if job is not None:
-            job.channel, job.tag = again.channel, again.tag
+        if job := self._awaited.pop(again.key, None):
+            job.delivery = again.delivery
             self._kernel._spawn(self._news.wake())
         return job is not None
 
     async def _has_message(self, job: Job) -> bool:
         """Whether a job can settle its message; waits while the message is awaited."""
-        while job.channel is not None and job.channel.closed is not None:
+        while job.delivery and job.delivery.channel.closed:
             if self._stop.is_set():
                 return False            # a stop does not wait for messages
             job.at("waits for its message")
             await self._news.suspend("MESSAGE_WAIT")
-        return job.channel is not None
+        return job.delivery is not None
 
     async def _let_go_unless_begun(self, job: Job) -> None:
         """Give back the message of a job that has not begun, and drop the job."""
@@ -527,14 +524,14 @@ class OliveOly:
 
     async def _let_go(self, job: Job) -> None:
         """Give back the message of a job, and cancel the job wherever it waits."""
-        if job.channel is not None:     # else somebody else has, or may have, it
-            job.channel.basic_nack(job.tag)     # a channel that is closed says nothing
-        job.channel = job.thread_call = None
+        if job.delivery:        # else somebody else has the message, or may have it
+            job.delivery.channel.basic_nack(job.delivery.tag)   # silent if it is closed
+        job.delivery = job.thread_call = None
         await job.kernel_task.cancel(blocking=False)
 
     def _begin(self, job: Job) -> None:
         """From here on the job cannot be let go any more."""
-        if job.channel is None:
+        if job.delivery is None:
             # The job was let go in the moment in which it was woken. Its cancellation
             # is pending, and would come only when something has begun and waits.
             raise sweepea.TaskCancelled("let go")
@@ -693,7 +690,7 @@ class OliveOly:
         log.info("stopping: %d in hand", len(self._in_hand))
         await ignore_after(config.grace, self._finish)
         for job in self._in_hand:
-            if job.channel is not None:
+            if job.delivery is not None:
                 log.warning("given back, as it did not end in time: %s", job.name)
         self.client.forget_replies()
         await connecting.cancel()
@@ -803,7 +800,7 @@ class OliveOly:
     # shows afterwards what ran when (see `Trace`). While nobody looks, a job only notes
     # when it goes from one place to another.
 
-    def _ran(self, job: Job, status: str) -> None:
+    def _note_end(self, job: Job, status: str) -> None:
         """A job has run, perhaps not to its end: count it and show it."""
         if status != "cut short":
             self._totals["done" if status == "done" else "failed"] += 1
@@ -1694,32 +1691,44 @@ def _read_time(value: Any, name: str) -> datetime | None:
         raise ValueError(f"the header {name!r} is not a time") from None
 
 
+class Delivery(NamedTuple):
+    """One handing over of a message to us."""
+
+    channel: sweepea.Channel
+    tag: int
+
+
 class Job:
     """A message in hand and what it asks for, from delivery until it is settled.
 
-    `channel` and `tag` are the delivery; the channel is None once the job is let go or
-    its message given up. `begun` is true once a coroutine, a process or a publication
-    of a copy is under way, which would be done twice if the job were let go. Of a job
-    in a thread, `thread_call` knows whether it has begun.
+    These five fields change:
 
-        channel open       waits -----> runs -----> done ------> settled
-                             |            |           |             ^
-        channel closed    let go        runs -----> done            |
-                                                      |             |
-                                                 awaits its --------+ delivered again
-                                                  message
-                                                      |
-                                           given up, after PATIENCE or at a stop;
-                                           a success still sends its reply
+        delivery        None once the job is let go, or its message given up
+        begun           a coroutine, a process or the publication of a copy is under
+                        way, and would be done twice if the job were let go
+        thread_call     the call, of a job for a thread: the call alone knows whether
+                        such a job has begun
+        kernel_task     the task that lives the message's life; set once
+        place           where the job is, and since when: for people
+
+    What becomes of a job, while the channel of its delivery is open and after that:
+
+        open      waits -----> runs -----> done ------> settled
+                    |            |           |             ^
+        closed    let go       runs -----> done            |
+                                             |             |
+                                        awaits its --------+ delivered again
+                                         message
+                                             |
+                                  given up, after PATIENCE or at a stop;
+                                  a success still sends its reply
     """
 
-    place = "waits for a worker"        # for people; since when, is in `since`
-
-    def __init__(self, queue: str, channel, method, properties, body: bytes) -> None:
-        self.queue, self.channel, self.tag = queue, channel, method.delivery_tag
-        self.since = time.monotonic()
-        self.begun, self.thread_call, self.kernel_task = False, None, None
-        self.properties, self.body = properties, body
+    def __init__(self, queue: str, delivery: Delivery, properties, body: bytes) -> None:
+        self.queue, self.properties, self.body = queue, properties, body
+        self.delivery, self.begun = delivery, False
+        self.thread_call = self.kernel_task = None
+        self.place = "waits for a worker", time.monotonic()
         self.headers = properties.headers or {}
         self.name = "?"                 # for the log, until the headers are read
         self.times_back = 0             # how often the message has come back
@@ -1733,14 +1742,14 @@ class Job:
 
     def at(self, place: str) -> None:
         """Note where the job is from now on."""
-        if place != self.place:
-            self.place, self.since = place, time.monotonic()
+        if place != self.place[0]:
+            self.place = place, time.monotonic()
 
     def whereabouts(self) -> tuple[str, float]:
         """Where the job is, and since when. A thread tells nobody that it begins."""
         if self.thread_call is not None and self.thread_call.began is not None:
             return "thread", self.thread_call.began
-        return self.place, self.since
+        return self.place
 
     def read(self) -> None:
         """Find out what the properties say.
