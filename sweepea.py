@@ -246,10 +246,12 @@ def _coroutine(corofunc, args) -> Coroutine:
 # =====================================================================================
 # 3. Tasks
 #
-# A coroutine knows where it stopped and nothing else. The kernel has to know more: what
-# the task waits for, how to get it out of there, who waits for its end. This is that
-# record. Most tasks never use most of it, so the defaults stand in the class and a new
-# task writes down only what is its own; this makes spawning twice as fast.
+# A coroutine knows where it stopped and nothing else. Without a record beside it nobody
+# could cancel a coroutine that sleeps, or wait for its end, or say what a program hangs
+# in. So the kernel keeps such a record of each coroutine: what it waits for, how to get
+# it out of there, who waits for its end. The two together are a task. Most tasks never
+# use most of the record, so the defaults stand in the class, and a new task writes down
+# only what is its own; this makes spawning twice as fast.
 # =====================================================================================
 
 class Task:
@@ -264,17 +266,21 @@ class Task:
     # sleep, timeout    The clock at which the task's sleep ends, and the earliest
     #                   deadline of the `timeout_after` blocks it is in. Or None.
     # cancelled         Somebody has cancelled the task. A second time does nothing.
-    # cancel_pending    A cancellation that could not be delivered yet.
+    # cancel_pending    A cancellation that could not be delivered yet (chapter 6).
     # allow_cancel      A task may set this to False for a while: meanwhile its
     #                   cancellations stay in cancel_pending.
-    # joining           The waiting room of those who wait for the task's end.
+    # terminated        The coroutine has ended; what it returned or raised is in
+    #                   _final_result or _final_exc.
+    # joining           The waiting room (chapter 4) of those who wait for that end.
     # _trap_result      The answer that the task gets when it is resumed.
+    # _deadlines        Those of the `timeout_after` blocks that the task is in, the
+    #                   innermost last (chapter 5).
 
     state, cycles, allow_cancel = "INITIAL", 0, True
     cancelled = terminated = False
     cancel_func = future = sleep = timeout = joining = cancel_pending = None
     _trap_result = _final_result = _final_exc = None
-    _deadlines = ()             # of the timeouts that the task is in, innermost last
+    _deadlines = ()
     _numbers = itertools.count(1)
 
     def __init__(self, coro: Coroutine) -> None:
@@ -288,7 +294,7 @@ class Task:
         self.send = functools.partial(self.run_in_context, coro.send)
 
     def throw(self, exc: BaseException) -> Any:
-        """Raise `exc` where the coroutine stopped. For what did not come by a trap."""
+        """Raise `exc` where the coroutine stopped, if it did not stop in a trap."""
         return self.run_in_context(self.coro.throw, exc)
 
     def __repr__(self) -> str:
@@ -297,8 +303,8 @@ class Task:
     async def wait(self) -> None:
         """Wait until the task has ended, however it ends."""
         if not self.terminated:
-            # (A room in which nobody sits is false, as its length is 0. Such a room
-            # may as well be replaced by a new one.)
+            # A room in which nobody sits is false, as its length is 0. Such a room may
+            # as well be replaced by a new one.
             self.joining = self.joining or SchedBarrier()
             await _trap("trap_sched_wait", self.joining, "TASK_JOIN")
 
@@ -341,8 +347,10 @@ class Task:
 # =====================================================================================
 # 4. Waiting rooms
 #
-# Tasks wait for each other: for a lock, an item, an event, an end. All of these need
-# two things of the kernel, a room to sit down in and somebody who wakes the next one.
+# Tasks wait for each other: for a lock, an item, an event, an end. Without a place to
+# wait in, each of them would have to look again and again whether the lock is free by
+# now, and these looks would keep the processor busy. All of them need two things of the
+# kernel, a room to sit down in and somebody who wakes the next one.
 # A room is an object with two methods that only the kernel calls: `_kernel_suspend`
 # seats a task and returns the function that takes it out again, which becomes the
 # task's `cancel_func`; `_kernel_wake` takes out up to n tasks and returns them.
@@ -509,8 +517,10 @@ async def gather(*coroutines: Coroutine) -> list:
 # =====================================================================================
 # 5. Timeouts
 #
-# The kernel knows one deadline per task, the earliest. Deadlines nest, so each block
-# puts its own on the task's stack and remembers which one was in force before:
+# Without timeouts, a task whose answer never comes would wait for ever, and with it all
+# who wait for the task. The kernel knows one deadline per task, the earliest. Deadlines
+# nest, so each block puts its own on the task's stack and remembers which one was in
+# force before:
 #
 #     async with timeout_after(5):            stack: [5]       in force: 5
 #         async with timeout_after(2):        stack: [5, 2]    in force: 2
@@ -539,7 +549,7 @@ class _Timeout:
 
     def __init__(self, seconds: float | None, ignore: bool, timeout_result: Any = None):
         if seconds != seconds:
-            raise ValueError("NaN is no number of seconds")     # it equals nothing
+            raise ValueError("NaN is no number of seconds")     # NaN equals nothing
         self._seconds, self._ignore = seconds, ignore
         self._timeout_result = timeout_result
         self.expired, self.result = False, True
@@ -560,7 +570,8 @@ class _Timeout:
         self._task._deadlines = self._outer
         if kind not in (TaskTimeout, TimeoutCancellationError):
             return False
-        # The kernel's has the clock in it; the program may have raised one itself.
+        # An exception of the kernel's carries the clock. One that the program itself
+        # has raised may not.
         clocks = [arg for arg in exc.args if isinstance(arg, float)]
         now = clocks[0] if clocks else time.monotonic()
         # A new exception with the old traceback: the context of the old one, in which
@@ -575,8 +586,8 @@ class _Timeout:
         raise TaskTimeout(now).with_traceback(tb) from None
 
     def _over(self, corofunc, args) -> Any:
-        # With a function: a coroutine, for `await`. Without: the block itself, for
-        # `async with`.
+        # With a function it is one call, and what is returned is for `await`. Without
+        # one it is a block, for `async with`.
         return self._run(corofunc, args) if corofunc else self
 
     async def _run(self, corofunc, args) -> Any:
@@ -613,8 +624,9 @@ def ignore_after(seconds: float | None, corofunc=None, *args,
 # system to put the thread to sleep until one of these sockets has data, or until so
 # much time is over. pika has such a loop, its IOLoop, and pika's must go on turning,
 # for it is there that AMQP is read, written and kept alive by heartbeats. A thread can
-# sleep in one poll only. So the kernel has none of its own: it calls pika's, as pika's
-# BlockingConnection does, and then takes its own turn, round after round:
+# sleep in one poll only. So the kernel has none of its own. In each *round* it calls
+# pika's poll, as pika's BlockingConnection does, then pika's callbacks and timers, and
+# then takes its own *turn*:
 #
 #          +---------------- pika's IOLoop -----------------+
 #          |  poll()                 process_timeouts()     |
@@ -648,6 +660,8 @@ _MASKS = {EVENT_READ: IOLoop.READ, EVENT_WRITE: IOLoop.WRITE}   # of selectors, 
 _SUSPENDED = object()   # what a trap answers if the task has to wait
 # The traps that may wait. They are answered with a cancellation if one is pending.
 _WAITING = {"trap_io", "trap_future_wait", "trap_sleep", "trap_sched_wait"}
+_FOREIGN = ("a task awaited something that is not of Sweepea's kernel ({!r}); "
+            "asyncio does not work here: use sweepea.sleep, run_in_thread and the like")
 _driving: set[int] = set()      # the threads that are in `Kernel.run` just now
 
 
@@ -774,7 +788,7 @@ class Kernel:
                 await ignore_after(limit, task.cancel)
                 if not task.terminated:
                     log.error("%r would not go, and is dropped", task)
-                    limit /= 2      # However many there are, it takes twice the grace.
+                    limit /= 2      # so all together take twice the grace at most
                 self._tasks.pop(task.id, None)
 
     def _close(self) -> None:
@@ -885,7 +899,7 @@ class Kernel:
 
     def _interrupt(self, task: Task, exc: BaseException) -> None:
         if task.allow_cancel and task.cancel_func is not None:
-            task.future = None      # or a future, when cancelled, would wake the task
+            task.future = None      # or the future, once cancelled, would wake the task
             task.cancel_func()
             self._schedule(task, exc)
         elif task.cancel_pending is None or not isinstance(exc, TaskTimeout):
@@ -921,7 +935,7 @@ class Kernel:
 
     def _set_timer(self, task: Task, kind: str, clock: float) -> None:
         setattr(task, kind, clock)
-        if len(self._timers) > 4 * len(self._tasks) + 1000:     # few are not worth it
+        if len(self._timers) > 4 * len(self._tasks) + 1000:     # below: not worth it
             alive = {timer for timer in self._timers if self._task_of(timer)}
             self._timers = sorted(alive)        # a sorted list is a heap
         heapq.heappush(self._timers, (clock, task.id, kind))
@@ -944,7 +958,7 @@ class Kernel:
 
     def _trap_sleep(self, seconds):
         now = time.monotonic()
-        if not seconds > 0:         # for NaN, which would spoil the heap, this is true
+        if not seconds > 0:         # true for NaN, too, which would spoil the heap
             self._schedule(self._current, now)
             return _SUSPENDED
         self._set_timer(self._current, "sleep", now + seconds)
@@ -1044,8 +1058,8 @@ class Kernel:
     # is without locks because one thread alone touches it. All that another thread does
     # is to append to a deque, which is atomic, and to ring, that is: to have pika's
     # loop call `_on_ring`. Only a thread that finds the flag `_rung` down rings; all
-    # that complete something before the loop answers ride along. (If two find the flag
-    # down, both ring, which is once too often and does no harm.)
+    # that complete something before the loop answers ride along. If two threads find
+    # the flag down, both ring, which is once too often and does no harm.
     #
     #     other thread       append to the deque        look at the flag: down? ring
     #     the loop           take the flag down         empty the deque
@@ -1082,10 +1096,6 @@ class Kernel:
         return self._suspend("FUTURE_WAIT", future.cancel)
 
 
-_FOREIGN = ("a task awaited something that is not of Sweepea's kernel ({!r}); "
-            "asyncio does not work here: use sweepea.sleep, run_in_thread and the like")
-
-
 def run(corofunc: Callable | Coroutine, *args: Any) -> Any:
     """Run `corofunc(*args)` on a kernel of its own: made, used and shut down.
 
@@ -1106,12 +1116,12 @@ def run(corofunc: Callable | Coroutine, *args: Any) -> Any:
 # the sockets, none of which are meant for it. The child would not die of a SIGTERM; and
 # while it lives, the broker would not notice the death of its parent, since the
 # connection is still open. So in every forked child the handlers become the default
-# ones again, and the file numbers of our connections lead to /dev/null. To close the
-# numbers would be wrong: objects of pika's in the child would close them a second time,
-# when they may belong to another file.
+# ones again, and the file numbers of our connections (chapter 7) lead to /dev/null. To
+# close the numbers would be wrong: objects of pika's in the child would close them a
+# second time, when they may belong to another file.
 
 _handled: set[int] = set()              # signals with a handler of ours
-_connected: set[int] = set()            # file numbers of connections to a broker
+_connected: set[int] = set()            # file numbers that chapters 7 and 8 put in
 
 
 class signals:
@@ -1148,8 +1158,8 @@ class signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         _handled.difference_update(self.numbers)
-        # A kernel that still watches the socket watches the next owner of its number
-        # anew.
+        # The socket need not be released: whoever gets its number next is a new owner,
+        # which the kernel watches anew.
         self._ours.close()
         self._theirs.close()
 
@@ -1226,12 +1236,13 @@ REFUSED = (AuthenticationError, ProbableAuthenticationError, ProbableAccessDenie
 def _answer(future: Future, value: Any) -> None:
     if not future.done():
         future.set_result(value)
-    elif hasattr(value, "close"):   # whoever waited for it was cancelled meanwhile
-        value.close()
+    elif hasattr(value, "close"):   # Whoever waited for it is gone. It is a connection
+        value.close()               # or a channel, which nobody else would close.
 
 
 class _Closable:
-    """What connections and channels have in common: waiters, who learn of its end."""
+    """What connections and channels have in common: all who wait for an answer of one
+    learn of its end."""
 
     def __init__(self, kernel: Kernel) -> None:
         self._kernel = kernel
@@ -1277,7 +1288,7 @@ class _Services(SelectorIOServicesAdapter):
     def getaddrinfo(self, host, port, on_done, socktype=0, **kwargs) -> Future:
         """Look a name up, as pika does, but in a daemon thread: the end of the program
         must not wait for a name server that does not answer."""
-        loop, answer = self.get_native_ioloop(), Future()   # pika may cancel the latter
+        loop, answer = self.get_native_ioloop(), Future()   # pika may cancel the answer
 
         def look_up() -> None:
             try:
@@ -1395,8 +1406,8 @@ class Channel(_Closable):
         # By number, in order: the future of the confirm, and the content (exchange,
         # routing key, correlation id, body) by which a returned message is known.
         self._unconfirmed: dict[int, tuple[Future, tuple]] = {}
-        self._in_hand: dict[int, None] = {}           # delivery tags, in order
-        self._acknowledged: set[int] = set()            # said, but not sent yet
+        self._in_hand: dict[int, None] = {}     # tags, in the order of their delivery
+        self._acknowledged: set[int] = set()    # tags that were not sent yet
 
     async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Call a method of pika's channel that takes `callback=`; return its answer.
@@ -1502,6 +1513,9 @@ class Channel(_Closable):
 class Link:
     """A connection that comes back for ever, with the topology declared anew each time.
 
+    Without it, each restart of the broker would end the program, or leave it with a
+    dead connection and in silence, as if there were nothing to do.
+
     `on_connect(connection, channel)` is a coroutine function that declares what the
     user needs and starts its consumers. Deliveries, replies and acknowledgements share
     that one channel, which is without confirms: the broker handles what is said on it
@@ -1527,7 +1541,7 @@ class Link:
         ChannelClosedByBroker); these are raised. Of a link that is not `patient`, the
         first connection must not fail at all. Everything later is tried again.
         """
-        attempts, said = 0, ""
+        attempts, said = 0, ""      # `said` is the reason that was told last
         while True:
             try:
                 await self._stay()
@@ -1537,13 +1551,13 @@ class Link:
                 hopeless = isinstance(exc, (*REFUSED, ChannelClosedByBroker))
                 if not self.ever_up and (hopeless or not self._patient):
                     raise
-                if describe(exc) != said:       # each reason is told once
+                if describe(exc) != said:
                     said = describe(exc)
                     log.warning("no connection to the broker: %s; trying again, at "
                                 "most every %.0f s", said, MAX_BACKOFF)
             wait = min(MAX_BACKOFF, 0.5 * 2 ** min(attempts, 10))
             attempts += 1
-            # Without the dice, all apps would come back in the same moment.
+            # Without chance in it, all apps would come back in the same moment.
             await sleep(wait * random.uniform(0.5, 1))
 
     async def _stay(self) -> None:
@@ -1598,10 +1612,11 @@ def describe(error: BaseException) -> str:
 # 8. Workers
 #
 # A function that blocks or computes cannot run on the kernel: everything would stand
-# still. It runs in a thread, or in a process, and its caller awaits it like anything
-# else. Threads are cheap, but only one of them computes at any moment (Python's global
-# interpreter lock, the GIL), and a thread cannot be killed. Processes compute side by
-# side and can be killed, but function, arguments and result have to travel.
+# still. It runs in a worker, which is a thread or a process of a pool, and its caller
+# awaits it like anything else. Threads are cheap, but only one of them computes at any
+# moment (Python's global interpreter lock, the GIL), and a thread cannot be killed.
+# Processes compute side by side and can be killed, but function, arguments and result
+# have to travel.
 #
 #     caller -> queue -> thread -> deque of the kernel, and a ring -> caller
 #     caller -> semaphore -> socket -> process -> socket -> caller
@@ -1748,7 +1763,7 @@ class ThreadPool:
         kernel._call_at_shutdown(self.shutdown)
 
     def submit(self, call: Call) -> None:
-        self._grow()        # first: if the system gives us no thread, nothing went out
+        self._grow()    # This comes first, as it fails if the system gives no thread.
         self._calls.put(call)
 
     def _grow(self) -> None:
