@@ -106,11 +106,12 @@ PATIENCE = 180.0            # seconds that a job waits for its message to come b
 #     after a copy is published        both may be there     may run twice
 #
 # Some words have one meaning each below. A `Job` is a message in hand and what it asks
-# for; the section "Messages" has a picture of its states. A message is *settled* when
-# it is acknowledged after the reply, or after a copy was confirmed. To *bury* a message
-# is to settle it by a copy in the dead queue. A job that has not begun can be *let go*:
-# nobody here will settle its message. If the channel is still open, the message is also
-# *given back*, by a nack. To *give up* a message is to await it no longer.
+# for; the section "Messages" has a picture of its states. A *worker* is a thread or a
+# process of the pools. A message is *settled* when it is acknowledged after the reply,
+# or after a copy was confirmed. To *bury* a message is to settle it by a copy in the
+# dead queue. To *let a job go* is to drop it: nobody here will settle its message. A
+# message is *given back* to its queue by a nack; the end of a connection gives back all
+# that is in hand. To *give up* a message is to await it no longer.
 # =====================================================================================
 
 class OliveOly:
@@ -161,9 +162,9 @@ class OliveOly:
     def _on_message(self, queue, channel, _pika, method, properties, body) -> None:
         """A message is delivered: a kernel task of its own lives its life."""
         if self._stop.is_set():
-            return          # the message goes back when the connection is closed
+            return          # the end of the connection gives the message back
         job = Job(queue, Delivery(channel, method.delivery_tag), properties, body)
-        if method.redelivered:          # is it in hand? how often has it come back?
+        if method.redelivered:          # Is it in hand? How often has it come back?
             if self._came_back(job):
                 return
             self._count_returns(job)
@@ -172,11 +173,11 @@ class OliveOly:
 
     async def _live(self, job: Job) -> None:
         """Find out what the message asks for, do it, and settle the message."""
-        _here.set((self, job))          # for `call`
+        _here.set((self, job))          # for the functions `call` and `send`
         try:
             if await self._admit(job):
                 outcome = await self._run(job)
-                job.begun = True        # a thread that was given the job has done it
+                job.begun = True        # A thread has begun it without telling us.
                 self._note_end(job, outcome.status)
                 if outcome.status != "done":
                     return await self._retry_or_bury(job, outcome)
@@ -204,7 +205,7 @@ class OliveOly:
                 return await self._run_coroutine(job, info, limit)
             if kind == "process":
                 return await self._run_in_process(job, info, limit)
-            if job.isolated:    # a job for a thread; see "a message that kills us"
+            if job.isolated:    # a job for a thread, but see "a message that kills us"
                 outcome = await self._run_in_process(job, info, limit)
                 if outcome.status != "unknown-task":
                     return outcome
@@ -216,7 +217,7 @@ class OliveOly:
         except sweepea.WorkerLost as exc:
             return _failure("worker-lost", job.id, WorkerLostError(str(exc)))
         except sweepea.WorkerStartError as exc:
-            # The message is not at fault. It goes back when the connection is closed.
+            # The message is not at fault. The end of the connection gives it back.
             log.error("%s: stopping, to be started afresh", exc)
             self.stop(1)
             raise sweepea.TaskCancelled("no worker") from None
@@ -264,12 +265,12 @@ class OliveOly:
 
     async def _reply_and_ack(self, job: Job, reply: bytes | None) -> None:
         """Send the reply, if one is wanted, then acknowledge, on one channel. If the
-        message was given up, only the reply is sent.
+        message was given up, there is nothing to acknowledge.
 
-        The broker handles what is said on a channel in order. So, as long as it lives,
-        it never forgets a message of which it does not have the reply yet. Nobody
-        confirms the reply: for that it would have to travel on another channel, and the
-        acknowledgement to wait for it, which costs every message a round trip.
+        The broker handles what is said on a channel in order. So the broker, as long as
+        it lives, never forgets a message whose reply it does not have yet. Nobody
+        confirms the reply: for that the reply would have to travel on another channel
+        and the acknowledgement to wait for it, which costs each message a round trip.
         """
         has_message = await self._has_message(job)
         if not has_message and not self._stop.is_set():
@@ -277,7 +278,7 @@ class OliveOly:
         channel = job.delivery.channel if has_message else self._link.channel
         address = job.properties.reply_to
         # A direct reply-to is no queue, and a malformed one has the broker close the
-        # connection. A message that came back so often may have such an address.
+        # connection. That may be why an isolated message came back so often.
         if job.isolated and address and address.startswith("amq.rabbitmq.reply-to"):
             address = None
         if reply and address and channel and channel.pika.is_open:
@@ -295,10 +296,22 @@ class OliveOly:
     # come back for ever. Without this section, one message without a header `task`
     # would be an exception in `_live`, would never be acknowledged, and would come
     # again after each restart. So it is put into the dead queue with the reason, where
-    # a person can look at it, and its sender is told.
+    # a person can look at it, and its sender is told. The header x-olive-reason says:
+    #
+    #     malformed      it makes no sense, or its arguments do not fit  not tried again
+    #     unknown-task   no task of that name is known                   not tried again
+    #     unsupported    it asks for a canvas of Celery's                not tried again
+    #     failed         the task raised                                 `retries` times
+    #     timeout        the task ran longer than it may                 `retries` times
+    #     worker-lost    the worker process died                         once at least
+    #     returned       it came back 15 times                           not tried again
+    #
+    # `failed` is also what expired after a failed try, and what met a fault of the app;
+    # neither is tried again.
 
     async def _admit(self, job: Job) -> bool | None:
-        """Whether to run a job now; if not, its message is settled here."""
+        """True if a job is to run now. Else its message is settled here: buried, put on
+        the ladder, or answered."""
         try:
             job.read()
         except ValueError as exc:
@@ -307,7 +320,7 @@ class OliveOly:
                 return await self._bury(job, bad)
         if job.times_back >= BURIED:
             error = RuntimeError(f"came back {job.times_back} times: does it kill us?")
-            # Of what came back so often, even the reply may be what kills us.
+            # There is no reply, for even that may be what kills us.
             returned = _failure("returned", None, error)._replace(reply=b"")
             return await self._bury(job, returned)
         now = datetime.now(timezone.utc)
@@ -324,7 +337,7 @@ class OliveOly:
         if wait >= 1:
             return await self._delay(job, wait)
         if wait > 0:
-            await sleep(wait)           # what is too short for the ladder
+            await sleep(wait)           # The ladder has no rung so short.
         if job.task.startswith("celery."):
             exc = Unsupported(f"{job.task} is not supported: {INSTEAD}")
             return await self._bury(job, _failure("unsupported", job.id, exc))
@@ -340,7 +353,7 @@ class OliveOly:
             "x-olive-reason": reason, "x-olive-traceback": trace,
             "x-olive-error": f"{kind}: {text}"[:MAX_ERROR],
             "x-olive-when": datetime.now(timezone.utc).isoformat(timespec="seconds")})
-        if is_dead:                     # else its message is somebody else's now
+        if is_dead:                     # or else the message is somebody else's now
             self._totals["dead"] += 1
             log.warning("%s is dead (%s): %s: %s%s", job.name, reason, kind,
                         _shown(text), _shown_lines(trace))
@@ -388,14 +401,15 @@ class OliveOly:
     #
     # Without this, each hiccup of a network or of a database would end a job for good,
     # though the job would succeed a little later. So a job that failed is tried again,
-    # as often as its task says, after a pause that doubles each time. The dice keep a
-    # thousand jobs that failed together from coming back together. The pause is spent
-    # in the broker (see "The ladder"): here it would hold a place in the window.
+    # as often as its task says, after a pause that doubles each time. Chance makes the
+    # pause longer by up to a quarter, and so a thousand jobs that failed together do
+    # not come back together. The pause is spent in the broker (see "The ladder"), for
+    # here the message would hold a place in the window.
 
     async def _retry_or_bury(self, job: Job, outcome: Outcome) -> None:
         """Have a job that failed tried again, or bury it."""
         # A thread that hangs cannot be killed, only replaced, and it keeps what it has.
-        # A supervisor can do what we cannot: start the program afresh.
+        # A supervisor can do more than we can: it starts the program afresh.
         if len(self._threads.abandoned) >= self._threads.size:
             log.error("every thread hangs in a task that does not end: stopping, to be "
                       "started afresh")
@@ -421,8 +435,8 @@ class OliveOly:
             "x-olive-error": f"{outcome.kind}: {outcome.text}"[:MAX_ERROR]})
 
     async def _delay(self, job: Job, seconds: float, **changes: Any) -> None:
-        """Have a copy of the message come back later. What waits for less than a second
-        falls straight through the ladder, and `_admit` sleeps so long."""
+        """Have a copy of the message come back later. If that is in less than a second,
+        the copy falls straight through the ladder, and `_admit` sleeps the rest."""
         key = wait_key(seconds, job.queue)
         await self._move(job, wait_name(LADDER - 1), key, **changes)
 
@@ -461,8 +475,8 @@ class OliveOly:
     # A job that is done before its message is back waits for it. If the message does
     # not come, somebody else has got it and does it again. Then a success still sends
     # its reply, but a failure is not told and no copy is published, or each loss would
-    # make two messages of one. How long does it wait? While the network is silent, the
-    # broker keeps the old delivery until it misses our heartbeats: three minutes.
+    # make two messages of one. How long does a job wait? While the network is silent,
+    # the broker keeps the old delivery until it misses our heartbeats: three minutes.
     #
     # An acknowledgement that was under way when the connection was lost is lost, too:
     # then the job is done again, as at-least-once allows.
@@ -474,7 +488,7 @@ class OliveOly:
     #     it is lost        what has not begun is let go
 
     def _await_messages(self) -> None:
-        """On a new connection, before the first delivery: note what awaits one."""
+        """On a new connection, before the first delivery: note what awaits its own."""
         for job in self._in_hand:
             if job.delivery and job.delivery.channel.closed:
                 # Two jobs of one key cannot be told apart: one gets the next delivery.
@@ -517,20 +531,21 @@ class OliveOly:
         return job.delivery is not None
 
     async def _let_go_unless_begun(self, job: Job) -> None:
-        """Give back the message of a job that has not begun, and drop the job."""
-        # Of a job that is on its way through a thread, the call knows what it is.
+        """Let a job go if it has not begun."""
+        # Whether a job for a thread has begun, its call alone knows.
         if not job.begun and (job.thread_call is None or job.thread_call.take_back()):
             await self._let_go(job)
 
     async def _let_go(self, job: Job) -> None:
-        """Give back the message of a job, and cancel the job wherever it waits."""
-        if job.delivery:        # else somebody else has the message, or may have it
-            job.delivery.channel.basic_nack(job.delivery.tag)   # silent if it is closed
+        """Drop a job: give its message back, and cancel it wherever it waits."""
+        if job.delivery:        # Without one, somebody else has the message, or may.
+            # On a channel that is closed this does nothing.
+            job.delivery.channel.basic_nack(job.delivery.tag)
         job.delivery = job.thread_call = None
         await job.kernel_task.cancel(blocking=False)
 
     def _begin(self, job: Job) -> None:
-        """From here on the job cannot be let go any more."""
+        """Note that a job begins: if it were let go after this, it would run twice."""
         if job.delivery is None:
             # The job was let go in the moment in which it was woken. Its cancellation
             # is pending, and would come only when something has begun and waits.
@@ -631,6 +646,10 @@ class OliveOly:
 
     # -- starting ----------------------------------------------------------------------
     #
+    # Without this, whoever starts the app while the broker is down would have to come
+    # back and start it again. So the app waits for a broker as long as it takes, and it
+    # ends only if the broker refuses it, which waiting does not mend.
+    #
     #     start        has the kernel run `_main`
     #     _main        makes pools, link and client; then waits for a stop
     #     _on_connect  for each connection: declares, consumes, spawns two watchers,
@@ -652,7 +671,7 @@ class OliveOly:
                              signal.SIGUSR1) as incoming:
             stops = [number for number in incoming.numbers if number != signal.SIGUSR1]
 
-            # The first one is obeyed by the kernel (`_obey`). A second one must be
+            # The first signal is obeyed in the kernel (`_obey`). A second one must be
             # obeyed even if a coroutine blocks the kernel.
             def on_first(_number, _frame) -> None:
                 for number in stops:
@@ -660,7 +679,7 @@ class OliveOly:
 
             for number in stops:
                 signal.signal(number, on_first)
-            # The kernel ends before the trace: jobs that it cancels have slices, too.
+            # The kernel ends before the trace, which shows the jobs that it cancels.
             with closing(self._trace), sweepea.Kernel() as kernel:
                 kernel.run(self._main, incoming, background)
         if self._status:
@@ -689,7 +708,7 @@ class OliveOly:
 
         log.info("stopping: %d in hand", len(self._in_hand))
         await ignore_after(config.grace, self._finish)
-        for job in self._in_hand:
+        for job in self._in_hand:       # The end of the connection gives these back.
             if job.delivery is not None:
                 log.warning("given back, as it did not end in time: %s", job.name)
         self.client.forget_replies()
@@ -698,7 +717,7 @@ class OliveOly:
             log.info("stopped: %s", self._show_totals())
 
     async def _beside(self, corofunc: Callable) -> None:
-        # The function may want to send something, so it waits until there are queues.
+        # The function may want to send something, which takes queues.
         _here.set((self, None))
         await self._link.up.wait()
         await corofunc()
@@ -719,7 +738,7 @@ class OliveOly:
         await spawn(self._guard, channel)
         window = 1 if self._link.was_brief else self.config.prefetch
         await spawn(self._tend, channel, window)
-        self._consumers = {}            # those before were the old connection's
+        self._consumers = {}            # The old ones ended with their connection.
         for queue in self._queues:
             if not self._stop.is_set():
                 await self._consume(channel, queue, window)
@@ -763,7 +782,7 @@ class OliveOly:
         The order matters: what is given back while we still take messages would come
         straight in again.
         """
-        await self._news.wake()             # a stop is a reason to await no message
+        await self._news.wake()             # `_has_message` awaits none in a stop
         async with ignore_after(2.0):       # the broker may be frozen
             for consumer in list(self._consumers):
                 await self._ask_broker("basic_cancel", consumer)
@@ -772,7 +791,8 @@ class OliveOly:
         while self._in_hand:
             running = self._in_hand.difference(*self._callers.values())
             job = next(iter(running or self._in_hand))
-            # If nobody takes what is called, those who wait for it wait in vain.
+            # Now only callers are left. If nobody takes what they call, they wait in
+            # vain, and are let go.
             if not running and not await self._is_answered():
                 for caller in list(self._in_hand):
                     await self._let_go(caller)
@@ -784,8 +804,8 @@ class OliveOly:
         return queue is not None and queue.method.consumer_count > 0
 
     async def _ask_broker(self, *what: Any, **options: Any) -> Any:
-        """Call a method of the channel; None if there is no connection, or it is lost
-        in that moment, and all that was started on it with it."""
+        """Call a method of the channel; None if there is no connection, or if it is
+        lost in that moment."""
         if channel := self._link.channel:
             with suppress(AMQPError):
                 return await channel.call(*what, **options)
@@ -806,9 +826,9 @@ class OliveOly:
             self._totals["done" if status == "done" else "failed"] += 1
         if self._trace.file or log.isEnabledFor(logging.DEBUG):
             place, began = job.whereabouts()
-            # The kernel learns of the end of a call in a thread a little later.
+            # A call in a thread has noted its end, of which the kernel learns later.
             ended = getattr(job.thread_call, "ended", None) or time.monotonic()
-            if not place.startswith("waits"):               # else it has not begun
+            if not place.startswith("waits"):       # else there is no run to show
                 log.debug("%s: %s in %.3f s", job.name, status, ended - began)
                 self._trace.slice(job, place, began, ended, status)
                 self._trace.count(len(self._in_hand))
@@ -1018,8 +1038,10 @@ class Trace:
 # =====================================================================================
 # Tasks: functions that may be called by name from the wire, and no others
 #
-# A message names a task; it carries no code, and nothing is ever imported or unpickled
-# because a message says so. What is not in the registry below cannot be called.
+# Without a registry, whoever may publish a message could run any function of any module
+# here, `os.system`, say. So a message carries no code and only names a task, and
+# nothing is imported or unpickled because a message says so. What is not in the
+# registry below cannot be called.
 # =====================================================================================
 
 class OliveTask(NamedTuple):
@@ -1098,8 +1120,8 @@ def load_tasks(module: str) -> None:
     """Import a module that registers tasks.
 
     Worker processes do so, too, before their first job: each has a registry of its own.
-    What the program itself registers, as `__main__`, multiprocessing has imported then.
-    Raises whatever the import raises.
+    By then multiprocessing has imported `__main__`, the program itself, in the worker
+    process. Raises whatever the import raises.
     """
     if module in ("olive_app", __name__):
         demo_tasks()
@@ -1110,7 +1132,7 @@ def load_tasks(module: str) -> None:
 def _module(registered: OliveTask) -> str:
     """The module by which a worker process knows a task.
 
-    multiprocessing imports `__main__` there under another name, but not if that is the
+    multiprocessing imports `__main__` in the worker process, unless that is the file
     `__main__.py` of a package, which can be imported like any other module.
     """
     spec = getattr(sys.modules["__main__"], "__spec__", None)
@@ -1340,8 +1362,8 @@ async def _perform(info: JobInfo, body: bytes) -> Outcome:
 
 
 def _execute(*what) -> Outcome:
-    """The same in a worker, where there is no kernel. A coroutine that never traps runs
-    to its end at the first `send` (chapter 2 of sweepea.py)."""
+    """Perform a job in a worker, where there is no kernel. A coroutine that never traps
+    runs to its end at the first `send` (chapter 2 of sweepea.py)."""
     try:
         _perform(*what).send(None)
     except StopIteration as stop:
@@ -1350,9 +1372,9 @@ def _execute(*what) -> Outcome:
 
 
 def _execute_in_child(module: str, info: JobInfo, body: bytes) -> Outcome:
-    """The same in a worker process, which knows a task by the module that defines it.
-    The module may not define the task where it is imported: a task may be defined under
-    the guard `if __name__ == "__main__":`, say, or in no file at all."""
+    """Perform a job in a worker process, which knows a task by the module that defines
+    it. A module that is imported there may lack the task, which was defined under the
+    guard `if __name__ == "__main__":`, say, or in no file at all."""
     if info.name not in TASKS:
         load_tasks(module)
     if info.name not in TASKS:
@@ -1441,13 +1463,13 @@ class Client:
 
     def __init__(self, config: OliveAppConfig, link: sweepea.Link, routing_key: str,
                  declare: Callable, limit: float | None = None) -> None:
-        # declare(target, why): declares what there should be, and is not there.
+        # declare(target, why): a coroutine function that declares what is missing.
         # limit: for so many seconds a sender waits for the broker; None is for ever.
         self.config, self.link, self.limit = config, link, limit
         self._routing_key, self._declare = routing_key, declare
         self._replies = f"Olive.replies.{uuid.uuid4().hex}"
         self._listens_on: sweepea.Channel | None = None
-        self._listening = sweepea.Semaphore(1)      # one task at a time begins to
+        self._listening = sweepea.Semaphore(1)      # one task at a time may begin it
         self._answers: dict[str, Future] = {}       # by id: what gets the reply
         self._gave_up = False       # a reply that nobody waits for may still come
 
@@ -1547,7 +1569,7 @@ class Client:
                 await self._listen_on(self.link.connection, self.link.channel)
 
     async def _listen_on(self, connection, channel: sweepea.Channel) -> None:
-        own = await connection.channel()    # if we may not, no other channel is closed
+        own = await connection.channel()    # closed by the broker if we may not declare
         await own.call("queue_declare", self._replies, durable=True, arguments={
             "x-queue-type": "quorum", "x-expires": REPLIES_KEPT})
         own.pika.close()
@@ -1563,7 +1585,7 @@ class Client:
 
     def _on_reply(self, channel, _pika_channel, method, properties, body) -> None:
         answer = self._answers.pop(properties.correlation_id, None)
-        if answer is not None and not answer.done():    # else nobody waits any more
+        if answer is not None and not answer.done():    # somebody still waits for it
             try:
                 answer.set_result(from_json(body.decode()))
             except (ValueError, RecursionError) as exc:
@@ -1574,7 +1596,7 @@ class Client:
         """Delete the queue of the replies, if there is one."""
         channel = self._listens_on
         # RabbitMQ 3.10 closes the connection of an app that sends a reply in the moment
-        # in which the queue is deleted. So where one may come, the queue is left alone.
+        # in which the queue is deleted. So where a reply may come, the queue stays.
         if channel and channel.pika.is_open and not self._answers and not self._gave_up:
             channel.pika.queue_delete(self._replies)
 
@@ -1632,7 +1654,7 @@ class Client:
                                      arguments=self.config.queue_arguments)
             await attempt("queue_bind", queue, exchange, self.config.routing_key)
             found = declared or found
-        # How many apps listen, if we may know.
+        # How many apps listen; None if we may not know.
         self.consumers = found.method.consumer_count if found else None
 
     async def _attempt(self, method: str, *args: Any, **kwargs: Any) -> Any:
@@ -1671,8 +1693,10 @@ def _write_time(when: datetime | float | None, now: datetime) -> str | None:
 #                       ([hard, soft], in seconds), retries (how often it was tried
 #                       again); on what we publish, also x-olive-...
 #
-# Anything may be in there, of any type, and what makes no sense is an error with a text
-# for the sender: a limit that is overlooked in silence would be found out too late.
+# Anything may be in there, of any type. Without the checks below, a header of the wrong
+# type would be an exception from far inside, and a time limit that we do not understand
+# would be overlooked, until a job runs for hours. So what makes no sense is an error
+# with a text for the sender.
 # =====================================================================================
 
 MAX_HEADERS = 130_000       # bytes: a header frame has to fit into 128 KiB
@@ -1737,7 +1761,7 @@ class Job:
     @property
     def key(self) -> tuple:
         """Equal for two deliveries of one message; different for a copy of it, which
-        has a message_id of its own. (`repr`, as a header may be a list, say.)"""
+        has a message_id of its own. An id may be a list, which is no key: so `repr`."""
         return repr(self.headers.get("id")), self.properties.message_id, self.body
 
     def at(self, place: str) -> None:
@@ -1746,7 +1770,7 @@ class Job:
             self.place = place, time.monotonic()
 
     def whereabouts(self) -> tuple[str, float]:
-        """Where the job is, and since when. A thread tells nobody that it begins."""
+        """Where the job is, and since when. Of a thread only the call knows that."""
         if self.thread_call is not None and self.thread_call.began is not None:
             return "thread", self.thread_call.began
         return self.place
@@ -2091,7 +2115,8 @@ class OliveAppConfig:
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> OliveAppConfig:
-        """The same, for a program that shall go on: raises ValueError."""
+        """Read the settings as `from_env` does, for a program that shall go on if they
+        make no sense: raises ValueError."""
         known = {"OLIVE_" + setting.name.upper(): setting.name
                  for setting in fields(cls)}
         values = {}

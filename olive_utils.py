@@ -52,9 +52,11 @@ TaskFailed, fail = olive_app.TaskFailed, olive_app.fail
 # 1. The sender
 #
 # What is sent, and how a reply finds the one who waits for it, is told at the class
-# `Client` of olive_app.py. A Client is made of coroutines, so it needs a kernel. For a
-# program that has none there is one in a thread of its own, from the first call on, and
-# with it one connection, which comes back when it is lost:
+# `Client` of olive_app.py. A Client is made of coroutines and needs a kernel. Without
+# the kernel of this section, a program that is not made of coroutines would connect
+# anew for each message, which takes longer than the message itself. The kernel runs in
+# a thread of its own, from the first message on, and keeps one connection, which comes
+# back when it is lost:
 #
 #     thread of the program                    the kernel's thread
 #        |  a coroutine that calls                |
@@ -64,9 +66,9 @@ TaskFailed, fail = olive_app.TaskFailed, olive_app.fail
 # =====================================================================================
 
 # Several threads meet here: those of the program that send for the first time, and the
-# kernel's. What two threads may change at once has a lock. What tasks of the kernel
-# change needs none, but a semaphore where a task waits in the midst of the change:
-# without it, two tasks would open two connections for the same settings.
+# kernel's. What two threads may change at once has a lock. What only tasks of the
+# kernel change needs no lock. But where a task waits in the midst of a change, there is
+# a semaphore, or two tasks would open two connections for the same settings.
 _lock = threading.Lock()                # for whoever makes the kernel
 _kernel: sweepea.Kernel | None = None
 _clients: dict[str, Client] = {}        # by settings; only the kernel's thread uses it
@@ -172,7 +174,8 @@ os.register_at_fork(after_in_child=_forget)
 
 # -- many messages ---------------------------------------------------------------------
 #
-# Three kinds of tasks, and what goes between them:
+# Without a limit, a million messages would be a million tasks that wait, of some
+# kilobytes each. So there are three kinds of tasks, and this goes between them:
 #
 #     _send_all ---spawns---> _send_one, for each message
 #         ^                      |      |
@@ -180,8 +183,7 @@ os.register_at_fork(after_in_child=_forget)
 #
 # This is the pattern of a limit: a permit is acquired by the task that makes the others
 # and released by each of these when it is done. So never more than LIMIT messages are
-# under way, whatever --count is, and the next one goes out as soon as any is done. Each
-# task that waits takes some kilobytes, and --count may be a million.
+# under way, whatever --count is, and the next one goes out as soon as any is done.
 
 LIMIT = 2000
 CLEAR = "\r\x1b[K"      # tells a terminal to empty the line that the cursor is in
@@ -330,6 +332,8 @@ def _plain(text) -> str:
 
 
 # -- the dead queue --------------------------------------------------------------------
+#
+# What the reasons mean is told in olive_app.py, at "what can go wrong: the message".
 
 async def _dead_letters(client: Client, options: argparse.Namespace) -> int:
     """List the dead queue, or send back to work what lies in it now; or the one message
@@ -358,7 +362,7 @@ async def _dead_letters(client: Client, options: argparse.Namespace) -> int:
             continue
         found += 1
         if options.replay:
-            # The message goes back as if it had never been tried.
+            # The message is sent as if it had never been tried.
             properties.headers = {name: headers[name] for name in headers
                                   if not str(name).startswith("x-olive-")}
             # It is asked for now, so it does not expire.
@@ -610,8 +614,9 @@ _WATCHED = "\n".join([
     # Now nobody writes into the folder any more.
     'rm -rf "$0") &',
     # RabbitMQ stalls when it runs out of descriptors, and often no more than 1,024
-    # files may be open unless one asks for more. (Not for all that one can get: in some
-    # containers that is a billion, and Erlang would make a table of that size.)
+    # files may be open unless one asks for more. To ask for all that one can get would
+    # be too much: in some containers that is a billion, and Erlang would make a table
+    # of that size.
     'ulimit -n 65536 || ulimit -n "$(ulimit -H -n)"',
     # For Debian, where the package has the same name as the program.
     'command -v "$1" || echo "[error] not installed: apt-get install $1"',
