@@ -125,7 +125,7 @@ class OliveOly:
     # What the app knows of its messages; a job may be in several of these at once:
     #
     #     _in_hand          all, from delivery until they are settled or let go
-    #     _awaited, _news   by key: those that lost their message with a connection and
+    #     _awaited, _room   by key: those that lost their message with a connection and
     #                       shall get it again; and where they wait for that
     #     _callers          by queue: those that wait for calls of theirs, and for how
     #                       many calls each. `_callers_changed` is set at each change.
@@ -135,10 +135,10 @@ class OliveOly:
 
     def __init__(self, config: OliveAppConfig | None = None) -> None:
         self.config = config or OliveAppConfig()
-        self._stop, self._status = Event(), 0
+        self._stop, self._exit_status = Event(), 0
         self._in_hand: set[Job] = set()
         self._awaited: dict[tuple, Job] = {}
-        self._news = sweepea.SchedBarrier()
+        self._room = sweepea.SchedBarrier()
         self._settled = Event()
         # The main queue comes last, for a message of it may end the connection at once.
         self._calls_queue = calls_name(self.config.queue)
@@ -181,11 +181,11 @@ class OliveOly:
                 self._note_end(job, outcome.status)
                 if outcome.status != "done":
                     return await self._retry_or_bury(job, outcome)
-                if outcome.kind:        # the job is done, but its result cannot be sent
-                    log.warning("%s: %s", job.name, _shown(outcome.text))
+                if outcome.exc_type:    # the job is done, but its result cannot be sent
+                    log.warning("%s: %s", job.label, _shown(outcome.text))
                 await self._reply_and_ack(job, outcome.reply)
         except Exception as exc:        # a fault of ours must not hold the message
-            log.exception("%s: a fault of the app", job.name)
+            log.exception("%s: a fault of the app", job.label)
             await self._bury(job, _failure("failed", None, exc))
         except sweepea.TaskCancelled:   # let go, or cut short by the end of the app
             self._note_end(job, "cut short")
@@ -210,7 +210,7 @@ class OliveOly:
                 if outcome.status != "unknown-task":
                     return outcome
             call = sweepea.Call(self._threads, _execute, (info, job.body), limit)
-            job.thread_call, call.name = call, job.name
+            job.thread_call, call.name = call, job.label
             return await call.run()
         except TimeoutError:
             return _failure("timeout", job.id, TimeLimitExceeded(f"{limit:g} s"))
@@ -234,7 +234,7 @@ class OliveOly:
         """Run a job on the kernel; raises TimeoutError after `limit` seconds."""
         self._begin(job)
         job.at("coroutine")
-        job.kernel_task.name = job.name     # a task that blocks the loop is named
+        job.kernel_task.name = job.label    # a task that blocks the loop is named
         if limit is None:
             outcome = await _perform(info, job.body)
             # `_perform` makes a failure even of a cancellation. If the app cancelled
@@ -245,7 +245,7 @@ class OliveOly:
         # A coroutine may swallow its cancellation. So it runs in a task of its own, and
         # its message need not wait for it.
         child = await spawn(_perform(info, job.body))
-        child.name = job.name
+        child.name = job.label
         try:
             await ignore_after(limit, child.wait())
             if child.terminated:
@@ -331,7 +331,7 @@ class OliveOly:
             late = _failure("failed", job.id, TaskRevokedError(text), "REVOKED")
             if job.retries:
                 return await self._bury(job, late)
-            log.info("%s has expired", job.name)
+            log.info("%s has expired", job.label)
             return await self._reply_and_ack(job, late.reply)
         wait = (job.eta - now).total_seconds() if job.eta else 0
         if wait >= 1:
@@ -348,14 +348,14 @@ class OliveOly:
 
     async def _bury(self, job: Job, outcome: Outcome) -> None:
         """Put a message into the dead queue with the reason, and tell its sender."""
-        reason, reply, kind, text, trace = outcome
+        reason, reply, exc_type, text, trace = outcome
         is_dead = await self._move(job, "", self.config.dead_queue, reply, **{
             "x-olive-reason": reason, "x-olive-traceback": trace,
-            "x-olive-error": f"{kind}: {text}"[:MAX_ERROR],
+            "x-olive-error": f"{exc_type}: {text}"[:MAX_ERROR],
             "x-olive-when": datetime.now(timezone.utc).isoformat(timespec="seconds")})
         if is_dead:                     # or else the message is somebody else's now
             self._totals["dead"] += 1
-            log.warning("%s is dead (%s): %s: %s%s", job.name, reason, kind,
+            log.warning("%s is dead (%s): %s: %s%s", job.label, reason, exc_type,
                         _shown(text), _shown_lines(trace))
 
     async def _move(self, job: Job, exchange, key, reply=None, **changes) -> bool:
@@ -427,12 +427,12 @@ class OliveOly:
         is_late = job.expires is not None and eta > job.expires
         if not may_retry or job.retries >= retries or is_late:
             return await self._bury(job, outcome)
-        log.info("%s: %s: %s; try %d of %d in %.1f s", job.name, outcome.kind,
+        log.info("%s: %s: %s; try %d of %d in %.1f s", job.label, outcome.exc_type,
                  _shown(outcome.text), job.retries + 2, retries + 1, pause)
         self._totals["retried"] += 1
         self._trace.add("i", "retry", s="p", args={"task": job.task, "id": job.id})
         await self._delay(job, pause, retries=job.retries + 1, eta=eta.isoformat(), **{
-            "x-olive-error": f"{outcome.kind}: {outcome.text}"[:MAX_ERROR]})
+            "x-olive-error": f"{outcome.exc_type}: {outcome.text}"[:MAX_ERROR]})
 
     async def _delay(self, job: Job, seconds: float, **changes: Any) -> None:
         """Have a copy of the message come back later. If that is in less than a second,
@@ -497,13 +497,13 @@ class OliveOly:
 
     async def _guard(self, channel: sweepea.Channel) -> None:
         """Watch over what is in hand, from the start of a connection to its end."""
-        await self._news.wake()
+        await self._room.wake()
         await ignore_after(PATIENCE, channel.wait_closed())
         if channel.closed is None:
             for job in self._awaited.values():
                 job.delivery = None
             self._awaited.clear()
-            await self._news.wake()
+            await self._room.wake()
             await channel.wait_closed()
         deleted = None      # the queue that was, if the broker cancelled its consumer
         if isinstance(channel.closed, ConsumerCancelled):
@@ -518,7 +518,7 @@ class OliveOly:
         """Hand a delivery to the job in hand that awaits it, if there is one."""
         if job := self._awaited.pop(again.key, None):
             job.delivery = again.delivery
-            self._kernel._spawn(self._news.wake())
+            self._kernel._spawn(self._room.wake())
         return job is not None
 
     async def _has_message(self, job: Job) -> bool:
@@ -527,7 +527,7 @@ class OliveOly:
             if self._stop.is_set():
                 return False            # a stop does not wait for messages
             job.at("waits for its message")
-            await self._news.suspend("MESSAGE_WAIT")
+            await self._room.suspend("MESSAGE_WAIT")
         return job.delivery is not None
 
     async def _let_go_unless_begun(self, job: Job) -> None:
@@ -682,8 +682,8 @@ class OliveOly:
             # The kernel ends before the trace, which shows the jobs that it cancels.
             with closing(self._trace), sweepea.Kernel() as kernel:
                 kernel.run(self._main, incoming, background)
-        if self._status:
-            raise SystemExit(self._status)
+        if self._exit_status:
+            raise SystemExit(self._exit_status)
 
     async def _main(self, incoming, background: tuple) -> None:
         config = self.config
@@ -710,7 +710,7 @@ class OliveOly:
         await ignore_after(config.grace, self._finish)
         for job in self._in_hand:       # The end of the connection gives these back.
             if job.delivery is not None:
-                log.warning("given back, as it did not end in time: %s", job.name)
+                log.warning("given back, as it did not end in time: %s", job.label)
         self.client.forget_replies()
         await connecting.cancel()
         if self._link.ever_up:
@@ -766,7 +766,7 @@ class OliveOly:
 
         status: the exit status of the program; the first that is not 0 counts.
         """
-        self._status = self._status or status
+        self._exit_status = self._exit_status or status
         self._kernel._spawn(self._stop.set())
 
     async def _obey(self, incoming) -> None:
@@ -782,7 +782,7 @@ class OliveOly:
         The order matters: what is given back while we still take messages would come
         straight in again.
         """
-        await self._news.wake()             # `_has_message` awaits none in a stop
+        await self._room.wake()             # `_has_message` awaits none in a stop
         async with ignore_after(2.0):       # the broker may be frozen
             for consumer in list(self._consumers):
                 await self._ask_broker("basic_cancel", consumer)
@@ -829,7 +829,7 @@ class OliveOly:
             # A call in a thread has noted its end, of which the kernel learns later.
             ended = getattr(job.thread_call, "ended", None) or time.monotonic()
             if not place.startswith("waits"):       # else there is no run to show
-                log.debug("%s: %s in %.3f s", job.name, status, ended - began)
+                log.debug("%s: %s in %.3f s", job.label, status, ended - began)
                 self._trace.slice(job, place, began, ended, status)
                 self._trace.count(len(self._in_hand))
         job.thread_call = None
@@ -1203,7 +1203,7 @@ class Outcome(NamedTuple):
     """What came of a job; of what went wrong, also what the dead queue shows."""
     status: str                     # "done", or a reason of the dead queue's
     reply: bytes                    # the body of the reply
-    kind: str = ""                  # the name of the exception's class
+    exc_type: str = ""              # the name of the exception's class
     text: str = ""
     traceback: str = ""
 
@@ -1754,7 +1754,7 @@ class Job:
         self.thread_call = self.kernel_task = None
         self.place = "waits for a worker", time.monotonic()
         self.headers = properties.headers or {}
-        self.name = "?"                 # for the log, until the headers are read
+        self.label = "?"                # for the log, until the headers are read
         self.times_back = 0             # how often the message has come back
         self.isolated = bool(self.headers.get("x-olive-isolated"))  # it may kill us
 
@@ -1815,7 +1815,7 @@ class Job:
         self.retries = headers.get("retries") or 0
         if type(self.retries) is not int or self.retries < 0:
             raise ValueError("the header 'retries' is not a count")
-        self.name = f"{_shown(self.task)}[{_shown(self.id)[1:-1]}]"
+        self.label = f"{_shown(self.task)}[{_shown(self.id)[1:-1]}]"
 
 
 def republished(properties, **changes: Any) -> pika.BasicProperties:
