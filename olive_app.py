@@ -991,7 +991,7 @@ class Trace:
             # there are as many tracks as it takes; this is the first that was free.
             lanes = enumerate(self._lanes)
             lane = next((n for n, free in lanes if free <= start), len(self._lanes))
-            self._lanes[lane:lane + 1] = [end]
+            self._lanes[lane:lane + 1] = [end]      # replaces a lane, or adds one
             track = f"kernel {lane + 1}" if lane else "kernel"
         if track not in self._tids:
             self._tids[track] = tid = len(self._tids) + 1
@@ -1305,7 +1305,8 @@ def _reply(ident: str | None, status: str, result: Any, trace: str | None) -> by
 
 def _failure(reason: str, ident: str | None, exc: BaseException, status="FAILURE",
              remark="") -> Outcome:
-    """Make an outcome of an exception. Texts are cut: they travel in headers."""
+    """Make an outcome of an exception; `status` is that of the reply. The texts are cut
+    to a length, as they travel in headers."""
     try:
         text = remark + str(exc)
         trace = "".join(traceback.format_exception(exc)) if exc.__traceback__ else ""

@@ -1381,6 +1381,7 @@ class Connection(_Closable):
         channel = Channel(self._kernel, self)
         channel.pika = await self._ask(self.pika.channel, callback="on_open_callback")
         channel.pika.add_on_close_callback(channel._on_close)
+        # A consumer that the broker cancels, as its queue is gone, ends the channel.
         channel.pika.add_on_cancel_callback(
             lambda frame: channel._on_close(None, ConsumerCancelled(frame.method)))
         if confirm:
@@ -1783,7 +1784,8 @@ class ThreadPool:
             except BaseException as exc:
                 error = exc
             if os.getpid() != pid:
-                # The function has forked, and this is the child, at its end.
+                # The function has forked, and this is the child, at its end. The child
+                # leaves with the code of a SystemExit, or with 1 after another error.
                 status = error.code if isinstance(error, SystemExit) else error and 1
                 os._exit(status if isinstance(status, int) else bool(status))
             if not call.end_ticket.acquire(blocking=False):
