@@ -94,8 +94,10 @@ PATIENCE = 180.0            # seconds that a job waits for its message to come b
 #     delivered --> the job is run --> the reply is sent --> acknowledged
 #
 # That is the plain life of a message, and the first section of the class below. All the
-# other sections are there because that life can be cut short at every arrow. Until it
-# is acknowledged the broker holds the message for us, and so nothing is lost:
+# other sections are there because that life can be cut short at every arrow. What they
+# use is explained behind the class: `Outcome`, `_failure` and `_perform` in "Running a
+# job", `Client` in "Calling", `Job` in "Messages". Until a message is acknowledged the
+# broker holds it for us, and so nothing is lost:
 #
 #     if we die ...                    the message           the job       the caller
 #     before the job is run            to somebody else      runs once     gets a reply
@@ -491,7 +493,7 @@ class OliveOly:
         """On a new connection, before the first delivery: note what awaits its own."""
         for job in self._in_hand:
             if job.delivery and job.delivery.channel.closed:
-                # Two jobs of one key cannot be told apart: one gets the next delivery.
+                # Two jobs of one key cannot be told apart, so only one awaits its own.
                 if self._awaited.setdefault(job.key, job) is not job:
                     job.delivery = None
 
@@ -505,7 +507,7 @@ class OliveOly:
             self._awaited.clear()
             await self._room.wake()
             await channel.wait_closed()
-        deleted = None      # the queue that was, if the broker cancelled its consumer
+        deleted = None      # a queue of ours, if it is gone and its consumer with it
         if isinstance(channel.closed, ConsumerCancelled):
             deleted = self._consumers.get(channel.closed.args[0].consumer_tag)
         for job in list(self._in_hand):
@@ -970,7 +972,7 @@ class Trace:
         self._separator, self._records = "[", []
         self._encode = json.JSONEncoder().encode
         self._tids: dict[int | str, int] = {}   # of the tracks
-        self._lanes: list[int] = []             # when each kernel's track is free again
+        self._lanes: list[int] = []     # by track of the kernel: when it is free again
         self._counted = self._in_hand = 0       # when the last count was; what it was
         self._epoch = time.time() - time.monotonic()
         self.add("M", "process_name", args={"name": "olive"})
@@ -1924,7 +1926,8 @@ async def declare_topology(channel: sweepea.Channel, config: OliveAppConfig) -> 
     user may not declare it.
     """
     # Without a callback pika asks for no answer, so that all goes out at once, and not
-    # one round trip after the other. The last waits, and learns of what went wrong.
+    # one round trip after the other. The last declaration waits for its answer, and so
+    # learns of what went wrong.
     declare, queue, key = channel.pika, config.queue, config.routing_key
     declare.exchange_declare(config.exchange, "direct", durable=True)
     declare.exchange_declare(LOST, "fanout", durable=True)

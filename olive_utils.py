@@ -338,7 +338,7 @@ def _plain(text) -> str:
 async def _dead_letters(client: Client, options: argparse.Namespace) -> int:
     """List the dead queue, or send back to work what lies in it now; or the one message
     whose id was given. Return the exit status."""
-    wanted, found = options.dead or options.replay, 0       # an id; True is for all
+    wanted, found = options.dead or options.replay, 0   # `wanted`: an id, or True: all
     queue, columns = client.config.dead_queue, _columns(sys.stdout)
     channel, kernel = await client.connection.channel(), await sweepea._get_kernel()
     declared = await channel.call("queue_declare", queue, passive=True)
@@ -365,7 +365,7 @@ async def _dead_letters(client: Client, options: argparse.Namespace) -> int:
             # The message is sent as if it had never been tried.
             properties.headers = {name: headers[name] for name in headers
                                   if not str(name).startswith("x-olive-")}
-            # It is asked for now, so it does not expire.
+            # Somebody asks for it now, so it does not expire.
             await client.publish(body, olive_app.republished(
                 properties, retries=0, expires=None))
             channel.basic_ack(method.delivery_tag)
@@ -474,7 +474,7 @@ async def _command(config: OliveAppConfig, options: argparse.Namespace) -> None:
 
 
 async def _interrupted(came: sweepea.signals) -> None:
-    """Wait for Ctrl-C; then end the program, once `_command` has had its say."""
+    """Wait for Ctrl-C; then end the program, as soon as `_command` has tidied up."""
     await came.get()
     raise SystemExit(130)
 

@@ -86,8 +86,8 @@ class TaskCancelled(CancelledError):
 
 
 class TaskTimeout(CancelledError):
-    """A deadline has passed: the earliest in force, inside of the `timeout_after`
-    blocks; where it comes out of a block, that block's own (chapter 5).
+    """The deadline of a `timeout_after` block has passed (chapter 5): the earliest one
+    where the kernel raises this, a block's own where this comes out of the block.
 
     `args[0]` is the kernel's clock at that moment.
     """
@@ -699,7 +699,8 @@ class Kernel:
         self._rung = False                      # the loop was told of these already
         # While in `run`: its thread, the task that it waits for, the one that runs.
         self._thread = self._main = self._current = None
-        self._at_turn_end: list[Callable] = []  # called once each when the turn ends
+        # What is called, once, when the turn ends (the acknowledgements of chapter 7).
+        self._at_turn_end: list[Callable] = []
         self._shutdown_funcs: list[Callable[[], Any]] | None = []   # None: it is closed
         self._call_at_shutdown = self._shutdown_funcs.append
         self._traps: dict[str, Callable] = {
@@ -909,8 +910,9 @@ class Kernel:
         if not task.cancelled and not task.terminated:
             if not isinstance(exc, BaseException):
                 exc = exc(exc.__name__ if val is None else val)
-            # The task is on its way out, and no deadline shall cut its clean-up short,
-            # unless the task leaves a block on the way: then the one outside counts.
+            # The task is on its way out, and no deadline shall cut its clean-up short.
+            # But if the task leaves a `timeout_after` block on its way, the deadline
+            # outside of that block counts again.
             task.cancelled, task.timeout = True, None
             self._interrupt(task, exc)
 
@@ -1487,7 +1489,7 @@ class Channel(_Closable):
         return (queue, on_message, auto_ack), kwargs
 
     def basic_ack(self, delivery_tag: int) -> None:
-        """Acknowledge a delivery. Goes out at the end of the turn, with others."""
+        """Acknowledge a delivery; this goes out at the end of the turn, with others."""
         if not self._acknowledged:
             self._kernel._at_turn_end.append(self._send_acknowledged)
         self._acknowledged.add(delivery_tag)
@@ -1727,7 +1729,7 @@ class Call:
     def take_back(self) -> bool:
         """Keep the call from ever beginning; False if it has begun.
 
-        The kernel takes both tickets: a later `cancel` has nobody to abandon then.
+        The kernel takes both tickets, so a later `cancel` finds no thread to abandon.
         """
         if not self.begin_ticket.acquire(blocking=False):
             return False
