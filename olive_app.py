@@ -128,7 +128,7 @@ class OliveOly:
     #
     #     _in_hand          all, from delivery until they are settled or let go
     #     _awaited, _room   by key: those that lost their message with a connection and
-    #                       shall get it again; and where they wait for that
+    #                       shall get it again; and the room where they wait for that
     #     _callers          by queue: those that wait for calls of theirs, and for how
     #                       many calls each. `_callers_changed` is set at each change.
     #     _settled          is set whenever a message is settled
@@ -309,7 +309,8 @@ class OliveOly:
     #     returned       it came back 15 times                           not tried again
     #
     # `failed` is also what expired after a failed try, and what met a fault of the app;
-    # neither is tried again.
+    # neither is tried again. A message that is isolated (see "a message that kills us")
+    # gets no extra try when its process dies. Of a `returned` one nobody is told.
 
     async def _admit(self, job: Job) -> bool | None:
         """True if a job is to run now. Else its message is settled here: buried, put on
@@ -1728,7 +1729,7 @@ class Delivery(NamedTuple):
 class Job:
     """A message in hand and what it asks for, from delivery until it is settled.
 
-    These five fields change:
+    These five fields change while the message is in hand:
 
         delivery        None once the job is let go, or its message given up
         begun           a coroutine, a process or the publication of a copy is under

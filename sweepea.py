@@ -699,7 +699,7 @@ class Kernel:
         self._rung = False                      # the loop was told of these already
         # While in `run`: its thread, the task that it waits for, the one that runs.
         self._thread = self._main = self._current = None
-        # What is called, once, when the turn ends (the acknowledgements of chapter 7).
+        # What is called, once, when the turn ends: chapter 7 sends acknowledgements so.
         self._at_turn_end: list[Callable] = []
         self._shutdown_funcs: list[Callable[[], Any]] | None = []   # None: it is closed
         self._call_at_shutdown = self._shutdown_funcs.append
@@ -799,6 +799,11 @@ class Kernel:
         self.loop.close()
 
     # -- the turn ----------------------------------------------------------------------
+    #
+    # A task is resumed with the answer to its last trap, and runs to its next one. If
+    # that trap can be answered at once, the task is resumed again. If the trap has to
+    # wait, its answer is `_SUSPENDED`, and the next task runs. `_schedule` puts the
+    # first one back on the ready queue when what it waits for is there.
 
     def _turn(self) -> None:
         ready, traps, main = self._ready, self._traps, self._main
@@ -1238,13 +1243,13 @@ REFUSED = (AuthenticationError, ProbableAuthenticationError, ProbableAccessDenie
 def _answer(future: Future, value: Any) -> None:
     if not future.done():
         future.set_result(value)
-    elif hasattr(value, "close"):   # Whoever waited for it is gone. It is a connection
-        value.close()               # or a channel, which nobody else would close.
+    elif hasattr(value, "close"):   # a connection or a channel whose waiter is gone:
+        value.close()               # nobody else would close it
 
 
 class _Closable:
-    """What connections and channels have in common: all who wait for an answer of one
-    learn of its end."""
+    """What connections and channels have in common: whoever waits for an answer learns
+    that it cannot come any more."""
 
     def __init__(self, kernel: Kernel) -> None:
         self._kernel = kernel
