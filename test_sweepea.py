@@ -1808,6 +1808,36 @@ async def test_acknowledgements_are_gathered(broker):
     await connection.close()
 
 
+async def test_what_is_written_in_a_turn_goes_out_in_one_piece(broker, monkeypatch):
+    def connecting(services, *args, on_done, **kwargs):
+        def on_made(made):
+            write = made[0].write
+            made[0].write = lambda data: (written.append(len(data)), write(data))
+            on_done(made)
+        return raw(services, *args, on_done=on_made, **kwargs)
+
+    adapter, written = sweepea.SelectorIOServicesAdapter, []
+    raw = adapter.create_streaming_connection
+    monkeypatch.setattr(adapter, "create_streaming_connection", connecting)
+    connection, channel, queue, tags = await consuming(broker, 20)
+    other, bodies = await own_queue(channel), []
+    large = bytes(1_000_000)
+    del written[:]
+    for tag in tags:
+        channel.basic_ack(tag)
+        channel.pika.basic_publish("", other, str(tag).encode())
+    await channel.call("basic_consume", other, lambda *message: bodies.append(message[3]))
+    assert len(written) == 1
+    # What is large does not become one piece, and all keeps its order.
+    del written[:]
+    for body in b"before", large, b"after":
+        channel.pika.basic_publish("", other, body)
+    await until(lambda: len(bodies) == 23)
+    assert bodies == [*(str(tag).encode() for tag in tags), b"before", large, b"after"]
+    assert 8 <= len(written) <= 10 and max(written) < 200_000
+    await connection.close()
+
+
 async def test_what_somebody_ignores_is_not_acknowledged_by_others(broker):
     def on_message(_channel, method, *message):
         channel.basic_ack(method.delivery_tag)      # in a callback, outside of a turn
