@@ -123,7 +123,7 @@ def _wait_for(config: OliveAppConfig | None, work, timeout: float | None = None)
         except BaseException as exc:
             done.set_exception(exc)
 
-    kernel.loop.add_callback_threadsafe(lambda: kernel._spawn(run()))
+    kernel._tell(kernel._spawn, run())
     return done.result()
 
 
@@ -157,7 +157,7 @@ def _close() -> None:
 
     closed, kernel = threading.Event(), _kernel
     if kernel is not None:
-        kernel.loop.add_callback_threadsafe(lambda: kernel._spawn(close_all()))
+        kernel._tell(kernel._spawn, close_all())
         closed.wait(2)
 
 

@@ -646,10 +646,11 @@ def ignore_after(seconds: float | None, corofunc=None, *args,
 # The kernel can only say afterwards which task it was (`BLOCKED`).
 #
 # Three rules keep all this free of locks. One thread alone touches the kernel, the one
-# that is in `run`; another thread may only complete a future. A task reaches the kernel
-# by traps. What cannot trap, as it is no coroutine, may do four things in the kernel's
-# thread: call `_spawn`, complete a future, set a timer of pika's, and leave something
-# to the end of the turn (`_at_turn_end`).
+# that is in `run`; another thread may only complete a future, or have the kernel's
+# thread call a function (`_tell`). A task reaches the kernel by traps. What cannot
+# trap, as it is no coroutine, may do four things in the kernel's thread: call `_spawn`,
+# complete a future, set a timer of pika's, and leave something to the end of the turn
+# (`_at_turn_end`).
 # =====================================================================================
 
 SLICE = 0.001           # seconds after which no further task is begun in a turn
@@ -695,8 +696,8 @@ class Kernel:
         self._ready: deque[Task] = deque()
         self._timers: list[tuple[float, int, str]] = []     # (clock, task number, kind)
         self._files: dict[int, _Watch] = {}
-        self._completed: deque = deque()        # (task, future) from other threads
-        self._rung = False                      # the loop was told of these already
+        self._told: deque = deque()     # (function, arguments) from other threads
+        self._rung = False              # the loop was told of these already
         # While in `run`: its thread, the task that it waits for, the one that runs.
         self._thread = self._main = self._current = None
         # What is called, once, when the turn ends: chapter 7 sends acknowledgements so.
@@ -1065,8 +1066,8 @@ class Kernel:
     # is without locks because one thread alone touches it. All that another thread does
     # is to append to a deque, which is atomic, and to ring, that is: to have pika's
     # loop call `_on_ring`. Only a thread that finds the flag `_rung` down rings; all
-    # that complete something before the loop answers ride along. If two threads find
-    # the flag down, both ring, which is once too often and does no harm.
+    # that append something before the loop answers ride along. If two threads find the
+    # flag down, both ring, which is once too often and does no harm.
     #
     #     other thread       append to the deque        look at the flag: down? ring
     #     the loop           take the flag down         empty the deque
@@ -1081,18 +1082,25 @@ class Kernel:
         if threading.get_ident() == self._thread and task.future is future:
             self._schedule(task)
             return
-        self._completed.append((task, future))
+        self._tell(self._answered, task, future)
+
+    def _answered(self, task: Task, future) -> None:
+        # A task that was cancelled may wait for another future by now.
+        if task.future is future:
+            self._schedule(task)
+
+    def _tell(self, func: Callable, *args: Any) -> None:
+        """Have the kernel's thread call `func(*args)`. For any thread."""
+        self._told.append((func, args))
         if not self._rung:
             self._rung = True
             self.loop.add_callback_threadsafe(self._on_ring)
 
     def _on_ring(self) -> None:
         self._rung = False
-        while self._completed:
-            task, future = self._completed.popleft()
-            # A task that was cancelled may wait for another future by now.
-            if task.future is future:
-                self._schedule(task)
+        while self._told:
+            func, args = self._told.popleft()
+            func(*args)
 
     def _trap_future_wait(self, future, event):
         task = self._current

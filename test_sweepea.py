@@ -3641,6 +3641,26 @@ def test_many_threads_share_one_connection(live):
     assert len([key for key in olive_utils._clients if key == repr(vars(config))]) == 1
 
 
+def test_what_many_threads_ask_for_at_once_rings_seldom(live, monkeypatch):
+    config, rung = OliveAppConfig.from_env(live.config), []
+    assert call_task("add", (2, 3), config=config) == 5
+    kernel, held, go = olive_utils._kernel, threading.Event(), threading.Event()
+    kernel._tell(lambda: (held.set(), go.wait(20)))
+    assert held.wait(20)                        # the kernel's thread does nothing else
+    ring = kernel.loop.add_callback_threadsafe
+    monkeypatch.setattr(kernel.loop, "add_callback_threadsafe", lambda func: (
+        rung.append(func), ring(func)))
+    with ThreadPoolExecutor(20) as pool:
+        answers = [pool.submit(call_task, "echo", [n], config=config) for n in range(20)]
+        deadline = time.monotonic() + 20
+        while len(kernel._told) < 20:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        assert len(rung) < 5        # one; two threads that ring together do no harm
+        go.set()
+        assert [answer.result() for answer in answers] == [[[n], {}] for n in range(20)]
+
+
 def test_a_forked_child_has_a_connection_of_its_own(live):
     config = OliveAppConfig.from_env(live.config)
     assert call_task("echo", [1], config=config) == [[1], {}]
