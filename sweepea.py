@@ -1305,13 +1305,13 @@ class _Services(SelectorIOServicesAdapter):
         super().__init__(kernel.loop)
         self._kernel = kernel
 
-    # pika hands each frame to the system by itself, and a message has three of them at
-    # least. Each is a system call for us and a wake-up for the broker. So the frames
-    # of a turn are kept, in their order, and written together at its end: a call of a
-    # task costs us a quarter less, and the broker a third.
+    # pika hands each frame to the system by itself, and a message is three frames, or
+    # more if it is large. Each is a system call for us and a wake-up for the broker. So
+    # the frames of a turn are kept, in their order, and written together at its end: a
+    # call of a task costs us a quarter less, and the broker a third.
 
     def create_streaming_connection(self, *args, on_done, **kwargs):
-        """Connect as pika does, but gather what pika writes then."""
+        """Connect as pika does, but gather what pika writes from then on."""
         def on_made(made) -> None:
             if isinstance(made, tuple):         # else it is the error
                 transport, _protocol = made

@@ -1826,7 +1826,8 @@ async def test_what_is_written_in_a_turn_goes_out_in_one_piece(broker, monkeypat
     for tag in tags:
         channel.basic_ack(tag)
         channel.pika.basic_publish("", other, str(tag).encode())
-    await channel.call("basic_consume", other, lambda *message: bodies.append(message[3]))
+    await channel.call("basic_consume", other,
+                       lambda *message: bodies.append(message[3]))
     assert len(written) == 1
     # What is large does not become one piece, and all keeps its order.
     del written[:]
@@ -3651,7 +3652,8 @@ def test_what_many_threads_ask_for_at_once_rings_seldom(live, monkeypatch):
     monkeypatch.setattr(kernel.loop, "add_callback_threadsafe", lambda func: (
         rung.append(func), ring(func)))
     with ThreadPoolExecutor(20) as pool:
-        answers = [pool.submit(call_task, "echo", [n], config=config) for n in range(20)]
+        answers = [pool.submit(call_task, "echo", [n], config=config)
+                   for n in range(20)]
         deadline = time.monotonic() + 20
         while len(kernel._told) < 20:
             assert time.monotonic() < deadline
