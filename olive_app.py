@@ -1530,14 +1530,16 @@ class Client:
         limit = time_limit and Decimal(str(time_limit))
         canvas = dict.fromkeys(("callbacks", "errbacks", "chain", "chord"))
         body = to_json([list(args), dict(kwargs or {}), canvas]).encode()
+        headers = {
+            "task": name, "id": ident, "root_id": parent.root_id if parent else ident,
+            "parent_id": parent and parent.id, "timelimit": limit and [limit, None],
+            "eta": _write_time(countdown or eta, now),
+            "expires": _write_time(expires, now), "x-olive-sent": now.isoformat()}
+        # pika takes its time for each header, here and in the app.
+        headers = {key: value for key, value in headers.items() if value is not None}
         properties = pika.BasicProperties(
             content_type="application/json", content_encoding="utf-8", delivery_mode=2,
-            correlation_id=ident, reply_to=reply_to, priority=priority, headers={
-                "lang": "py", "task": name, "id": ident, "retries": 0, "group": None,
-                "root_id": parent.root_id if parent else ident,
-                "parent_id": parent.id if parent else None,
-                "timelimit": [limit, None], "eta": _write_time(countdown or eta, now),
-                "expires": _write_time(expires, now), "x-olive-sent": now.isoformat()})
+            correlation_id=ident, reply_to=reply_to, priority=priority, headers=headers)
         async with ignore_after(self.limit):
             await self.publish(body, properties)
             return ident
