@@ -179,7 +179,7 @@ class OliveOly:
         try:
             if await self._admit(job):
                 outcome = await self._run(job)
-                job.begun = True        # A thread has begun it without telling us.
+                job.begun = True        # A worker has begun it without telling us.
                 self._note_end(job, outcome.status)
                 if outcome.status != "done":
                     return await self._retry_or_bury(job, outcome)
@@ -212,7 +212,7 @@ class OliveOly:
                 if outcome.status != "unknown-task":
                     return outcome
             call = sweepea.Call(self._threads, _execute, (info, job.body), limit)
-            job.thread_call, call.name = call, job.label
+            job.worker_call, call.name = call, job.label
             return await call.run()
         except TimeoutError:
             return _failure("timeout", job.id, TimeLimitExceeded(f"{limit:g} s"))
@@ -258,12 +258,10 @@ class OliveOly:
 
     async def _run_in_process(self, job: Job, info: JobInfo, limit) -> Outcome:
         """Run a job in a worker process, as soon as one is free."""
-        module = _module(TASKS[job.task])
-        async with self._processes.slots:
-            self._begin(job)
-            return await self._processes.call(
-                _execute_in_child, (module, info, job.body), limit,
-                begins=lambda pid: job.at(f"process {pid}"))
+        what = _module(TASKS[job.task]), info, job.body
+        call = sweepea.ProcessCall(self._processes, _execute_in_child, what, limit)
+        job.worker_call = call
+        return await call.run()
 
     async def _reply_and_ack(self, job: Job, reply: bytes | None) -> None:
         """Send the reply, if one is wanted, then acknowledge, on one channel. If the
@@ -535,8 +533,8 @@ class OliveOly:
 
     async def _let_go_unless_begun(self, job: Job) -> None:
         """Let a job go if it has not begun."""
-        # Whether a job for a thread has begun, its call alone knows.
-        if not job.begun and (job.thread_call is None or job.thread_call.take_back()):
+        # Whether a job for a worker has begun, its call alone knows.
+        if not job.begun and (job.worker_call is None or job.worker_call.take_back()):
             await self._let_go(job)
 
     async def _let_go(self, job: Job) -> None:
@@ -544,7 +542,7 @@ class OliveOly:
         if job.delivery:        # Without one, somebody else has the message, or may.
             # On a channel that is closed this does nothing.
             job.delivery.channel.basic_nack(job.delivery.tag)
-        job.delivery = job.thread_call = None
+        job.delivery = job.worker_call = None
         await job.kernel_task.cancel(blocking=False)
 
     def _begin(self, job: Job) -> None:
@@ -829,13 +827,13 @@ class OliveOly:
             self._totals["done" if status == "done" else "failed"] += 1
         if self._trace.file or log.isEnabledFor(logging.DEBUG):
             place, began = job.whereabouts()
-            # A call in a thread has noted its end, of which the kernel learns later.
-            ended = getattr(job.thread_call, "ended", None) or time.monotonic()
+            # A call in a worker has noted its end, of which the kernel learns later.
+            ended = getattr(job.worker_call, "ended", None) or time.monotonic()
             if not place.startswith("waits"):       # else there is no run to show
                 log.debug("%s: %s in %.3f s", job.label, status, ended - began)
                 self._trace.slice(job, place, began, ended, status)
                 self._trace.count(len(self._in_hand))
-        job.thread_call = None
+        job.worker_call = None
 
     def _tick(self) -> None:
         """Once a second: note how much is done, and have the timeline written.
@@ -988,7 +986,7 @@ class Trace:
     def slice(self, job: Job, place: str, began: float, ended: float, status) -> None:
         """Add a job that ran in a place, between two times of `time.monotonic()`."""
         start, end = int(began * 1e6), int(ended * 1e6)
-        track = job.thread_call.thread if place == "thread" else place
+        track = job.worker_call.thread if place == "thread" else place
         if place == "coroutine":
             # Coroutines run side by side, and slices of one track must not overlap. So
             # there are as many tracks as it takes; this is the first that was free.
@@ -1734,9 +1732,9 @@ class Job:
     These five fields change while the message is in hand:
 
         delivery        None once the job is let go, or its message given up
-        begun           a coroutine, a process or the publication of a copy is under
-                        way, and would be done twice if the job were let go
-        thread_call     the call, of a job for a thread: the call alone knows whether
+        begun           a coroutine or the publication of a copy is under way, and would
+                        be done twice if the job were let go
+        worker_call     the call, of a job for a worker: the call alone knows whether
                         such a job has begun
         kernel_task     the task that lives the message's life; set once
         place           where the job is, and since when: for people
@@ -1757,7 +1755,7 @@ class Job:
     def __init__(self, queue: str, delivery: Delivery, properties, body: bytes) -> None:
         self.queue, self.properties, self.body = queue, properties, body
         self.delivery, self.begun = delivery, False
-        self.thread_call = self.kernel_task = None
+        self.worker_call = self.kernel_task = None
         self.place = "waits for a worker", time.monotonic()
         self.headers = properties.headers or {}
         self.label = "?"                # for the log, until the headers are read
@@ -1776,9 +1774,9 @@ class Job:
             self.place = place, time.monotonic()
 
     def whereabouts(self) -> tuple[str, float]:
-        """Where the job is, and since when. Of a thread only the call knows that."""
-        if self.thread_call is not None and self.thread_call.began is not None:
-            return "thread", self.thread_call.began
+        """Where the job is, and since when. In a worker only the call knows that."""
+        if self.worker_call is not None and self.worker_call.began is not None:
+            return self.worker_call.place, self.worker_call.began
         return self.place
 
     def read(self) -> None:

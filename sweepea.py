@@ -1676,7 +1676,7 @@ def describe(error: BaseException) -> str:
 # have to travel.
 #
 #     caller -> queue -> thread -> deque of the kernel, and a ring -> caller
-#     caller -> semaphore -> socket -> process -> socket -> caller
+#     caller -> deque -> socket of packets -> process -> socket -> caller
 #
 # Why not `concurrent.futures`? Its ProcessPoolExecutor breaks as a whole when one of
 # its processes dies, and cannot kill the one that runs a call.
@@ -1714,16 +1714,15 @@ async def run_in_thread(func: Callable, *args: Any) -> Any:
 async def run_in_process(func: Callable, *args: Any) -> Any:
     """Run `func(*args)` in a worker process; return its result or raise its exception.
 
-    Function, arguments and result travel by pickle. If the caller is cancelled, the
-    process is killed, and with it whatever the function has started. Raises WorkerLost
-    if the process dies, WorkerStartError if none can be started, and WorkerError in
-    place of an exception that cannot be pickled; `__cause__` holds the remote
-    traceback.
+    Function, arguments and result travel by pickle. If the caller is cancelled before
+    the function has begun, the call is taken back. Once it runs, its process is killed,
+    and with it whatever the function has started. Raises WorkerLost if the process dies
+    that runs it, WorkerStartError if none can be started, and WorkerError in place of
+    an exception that cannot be pickled; `__cause__` holds the remote traceback.
     """
     kernel = await _get_kernel()
     pool = getattr(kernel, "process_pool", None) or ProcessPool(kernel, PROCESSES)
-    async with pool.slots:
-        return await pool.call(func, args)
+    return await ProcessCall(pool, func, args).run()
 
 
 class RemoteTraceback(Exception):
@@ -1744,8 +1743,10 @@ class Call:
 
     `name` is what the log calls it. `thread` is the number of the thread that took it,
     at `began` by the kernel's clock, and was done with it at `ended`; else None.
+    `place` is where it runs, in words.
     """
 
+    place = "thread"
     thread = began = ended = outcome = error = alarm = None
 
     def __init__(self, pool: ThreadPool, func, args, limit: float | None = None):
@@ -1774,20 +1775,20 @@ class Call:
 
     def add_done_callback(self, callback: Callable) -> None:
         """The kernel waits now. Only now is there somebody to tell of the end, so only
-        now the call goes out to the threads."""
+        now the call goes out to the workers."""
         self.callback = callback
         if self.limit is not None:
             self.alarm = self.pool.loop.call_later(self.limit, self.on_alarm)
         self.pool.submit(self)
 
-    def take_back(self) -> bool:
-        """Keep the call from ever beginning; False if it has begun.
+    def end(self, outcome: Any, error: BaseException | None) -> None:
+        """Tell the kernel what came of the call."""
+        self.outcome, self.error, self.ended = outcome, error, time.monotonic()
+        self.callback(self)
 
-        The kernel takes both tickets, so a later `cancel` finds no thread to abandon.
-        """
-        if not self.begin_ticket.acquire(blocking=False):
-            return False
-        return self.end_ticket.acquire(blocking=False)
+    def take_back(self) -> bool:
+        """Keep the call from ever beginning; False if it has begun."""
+        return self.pool.take_back(self)
 
     def cancel(self) -> None:
         if not self.take_back():
@@ -1802,8 +1803,7 @@ class Call:
         if left > 0:
             self.alarm = self.pool.loop.call_later(left, self.on_alarm)
         elif self.pool.abandon(self):
-            self.error = TimeoutError(f"{self.limit:g} s")
-            self.callback(self)
+            self.end(None, TimeoutError(f"{self.limit:g} s"))
 
 
 class ThreadPool:
@@ -1848,9 +1848,16 @@ class ThreadPool:
                 # The kernel has given up this thread, and lets another take its place.
                 self.abandoned.discard(call)
                 return
-            call.outcome, call.error, call.ended = outcome, error, time.monotonic()
-            call.callback(call)
+            call.end(outcome, error)
             del call, outcome, error        # hold on to nothing while waiting
+
+    def take_back(self, call: Call) -> bool:
+        """Keep the call from ever beginning; False if it has begun.
+
+        The kernel takes both tickets, so a later `cancel` finds no thread to abandon.
+        """
+        return (call.begin_ticket.acquire(blocking=False)
+                and call.end_ticket.acquire(blocking=False))
 
     def abandon(self, call: Call) -> bool:
         """Give up the thread that runs the call; False if the call is done after all.
@@ -1874,24 +1881,63 @@ class ThreadPool:
             self._calls.put(None)
 
 
-# A worker process and its parent talk through a pair of sockets. A message is four
-# bytes of length and a pickle. That is safe here and only here: the sockets have no
-# name, and at the other end is our own program.
+# A worker process and its parent talk through two pairs of sockets. One is a queue of
+# packets, one for each call, so that a process which is done with a call finds the next
+# one there: it need not sleep, and nobody need wake it.
+#
+# A call that stands behind another must not be bound to it, which may be slow, or hang,
+# or kill the process. So the parent holds both ends of the queue. What it reads there
+# itself, it has taken back, for certain: a packet is read once. A process reads the
+# next packet when it has sent the answer to the one before. So one call at most is
+# neither in the queue nor answered. It is the first in the parent's list; or else the
+# answers to all before it are on their way, and it is the last one that was taken.
+#
+#     the parent           its list     queue     the process
+#     gives 1, 2, 3        1 2 3        2 3       runs 1
+#                          1 2 3        3         has answered 1, runs 2
+#     takes back           1 2                    runs 2; another one may run 3
+#     reads the answer     2                      runs 2
+#
+# The answers come on the other pair, a stream: four bytes of length and a pickle. The
+# end of the stream tells of the death of the process. Pickles are safe here and only
+# here: the sockets have no name, and at the other end is our own program.
 
-_HEAD = 4       # the bytes of the length
+_HEAD = 4           # the bytes of the length
+_PACKET = 1 << 15   # bytes, at most; what is larger goes into a file
+_DEPTH = 8          # calls that a process has at once. If they were only 2, the process
+                    # would be done with them before the parent comes round.
+
+_numbers = itertools.count()
 
 
-def _process_main(sock: socket.socket) -> None:
-    """The life of a worker process: receive a call, run it, send what came of it."""
+class ProcessCall(Call):
+    """A call on its way through a process, or through several, if it is taken back.
+
+    Raises at once if function and arguments cannot be pickled.
+    """
+
+    def __init__(self, pool: ProcessPool, func, args, limit: float | None = None):
+        self.pool, self.limit = pool, limit
+        # The number comes first, so that no two packets begin alike.
+        self.pickled = pickle.dumps((next(_numbers), func, args))
+        self.packet = self.pickled[:_PACKET]
+
+
+def _process_main(sock: socket.socket, packets: socket.socket, call: bytes) -> None:
+    """The life of a worker process: run a call, send what came of it, receive another.
+    The first call comes along with the process."""
     # Ctrl-C goes to all processes of a terminal, and other signals to all of a service,
     # but the parent decides what happens.
     # These handlers do nothing. SIG_IGN would do the same, but programs that a job
     # starts would inherit it. What a job forks gets the default handlers, and loses our
-    # socket, or nobody would see this process die (chapter 6).
+    # sockets, or nobody would see this process die (chapter 6).
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, lambda *_: None)
         _handled.add(number)
-    _connected.add(sock.fileno())
+    for end in sock, packets:
+        _connected.add(end.fileno())
+        end.set_inheritable(False)      # by what `os.system` starts, say
+        end.setblocking(True)           # whatever `socket.setdefaulttimeout` said
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
     # What a job starts is in a process group that this process leads, and dies with it.
     # A daemon, which our parent has made of us, may not use multiprocessing; a job may.
@@ -1902,21 +1948,21 @@ def _process_main(sock: socket.socket) -> None:
     sentinel = parent_process().sentinel
     threading.Thread(target=lambda: (connection.wait([sentinel]), _leave()),
                      daemon=True).start()
-    # The socket is read as a plain file, which does in C what `sock.makefile` does in
-    # Python. What the program said by `socket.setdefaulttimeout` is not for this one.
-    sock.setblocking(True)
-    stream = open(sock.fileno(), "rb", closefd=False)
-    while head := stream.read(_HEAD):
+    while True:
         try:
-            func, args = pickle.loads(stream.read(int.from_bytes(head, "big")))
+            _number, func, args = pickle.loads(call)
             # What the call sets in its context shall not be there in the next one.
             run_in_context = contextvars.copy_context().run
             reply = pickle.dumps((True, run_in_context(func, *args)))
         except BaseException as exc:
             reply = _pickled_exception(exc)
         sock.sendall(len(reply).to_bytes(_HEAD, "big") + reply)
-        func = args = reply = None      # hold on to nothing while waiting
-    _leave()
+        call = func = args = reply = None       # hold on to nothing while waiting
+        call, files, *_ = socket.recv_fds(packets, _PACKET, 1)
+        for number in files:
+            with open(number, "rb") as file:
+                file.seek(0)
+                call = file.read()
 
 
 def _leave() -> None:
@@ -1949,14 +1995,26 @@ def _pickled_exception(exc: BaseException) -> bytes:
 class _Worker:
     """A worker process, as its parent sees it."""
 
-    def __init__(self) -> None:
+    is_dead = False
+
+    def __init__(self, first: bytes) -> None:
         # Here, because the import takes long.
         from multiprocessing import get_context, resource_tracker
+        self.calls: deque[ProcessCall] = deque()    # without an answer
+        self._data = bytearray()                    # what came and was not used yet
         self.sock, theirs = socket.socketpair()
         self.sock.setblocking(False)
-        # multiprocessing hands the number of the socket on to the new process.
+        self._give, self._packets = socket.socketpair(type=socket.SOCK_DGRAM)
+        self._give.setblocking(False)
+        # The child has this end, too, and whether it blocks is set for both.
+        self._packets.setblocking(True)
+        # Without this, macOS takes no packets of that size.
+        self._give.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _DEPTH * _PACKET)
+        self._packets.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _DEPTH * _PACKET)
+        # multiprocessing hands the numbers of the sockets on to the new process.
         self.process = get_context("spawn").Process(
-            target=_process_main, args=(theirs,), name=WORKER_NAME, daemon=True)
+            target=_process_main, args=(theirs, self._packets, first),
+            name=WORKER_NAME, daemon=True)
         # SIGINT and SIGTERM are blocked until the child has its handlers, or a Ctrl-C
         # in between would end it. Along with the first child multiprocessing starts a
         # helper of its own, which must not be born with blocked signals.
@@ -1969,37 +2027,69 @@ class _Worker:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             theirs.close()
 
-    async def request(self, call: bytes) -> tuple[bool, Any]:
-        """Send a call; return (True, its result) or (False, (error, its traceback)).
-
-        Raises WorkerLost if the process dies. Whatever is raised, a cancellation, say,
-        the process is killed.
-        """
+    def give(self, call: ProcessCall) -> bool:
+        """Give the process a call, for now or for later; False if there is no room."""
+        if len(self.calls) == _DEPTH:
+            return False
         try:
-            view = memoryview(len(call).to_bytes(_HEAD, "big") + call)
-            while view:
-                try:
-                    view = view[self.sock.send(view):]
-                except BlockingIOError:
-                    await write_wait(self.sock)
-            return pickle.loads(await self._receive())
-        except BaseException as exc:
-            if isinstance(exc, ConnectionError):
-                exc = await self._obituary()
-            await self.close()
-            raise exc from None
+            if len(call.pickled) <= _PACKET:
+                self._give.send(call.packet)
+            else:
+                # The packet carries the open file along, which has no name.
+                import tempfile                     # here, as few need it
+                with tempfile.TemporaryFile(buffering=0) as file:
+                    file.write(call.pickled)
+                    socket.send_fds(self._give, [call.packet], [file.fileno()])
+        except OSError as exc:
+            if not self.calls:      # else the queue may be full
+                call.end(None, exc)
+            return not self.calls
+        self.calls.append(call)
+        if len(self.calls) == 1:
+            self.begin()
+        return True
 
-    async def _receive(self) -> memoryview:
-        data = bytearray()
+    def begin(self) -> None:
+        """The process begins its first call, if any, as far as we know here."""
+        if self.calls:
+            call = self.calls[0]
+            call.began, call.place = time.monotonic(), f"process {self.process.pid}"
+
+    def take_back(self, waiting: deque[ProcessCall]) -> None:
+        """Take back what the process has not begun, to the front of what waits."""
+        packets = []
+        with suppress(BlockingIOError):
+            while True:
+                packets.append(self._packets.recv(_PACKET, socket.MSG_DONTWAIT))
+        for call in list(reversed(self.calls)):
+            if call.packet in packets:
+                call.began = None
+                self.calls.remove(call)
+                waiting.appendleft(call)
+
+    async def receive(self) -> tuple[Any, BaseException | None]:
+        """Wait for the next answer: a result, or None and an error. If the process is
+        dead, return None and WorkerLost."""
+        data = self._data
         # The head says how many bytes come after it. A head cut short reads as some
         # number from 0 on, and the data are shorter than a head, so the loop goes on.
-        while len(data) < _HEAD + int.from_bytes(data[:_HEAD], "big"):
+        while len(data) < (end := _HEAD + int.from_bytes(data[:_HEAD], "big")):
             await read_wait(self.sock)
             chunk = self.sock.recv(1 << 16)
             if not chunk:
-                raise ConnectionResetError("end of file")
+                self.is_dead = True
+                return None, await self._obituary()
             data += chunk
-        return memoryview(data)[_HEAD:]
+        self._data = data[end:]
+        try:
+            is_fine, answer = pickle.loads(data[_HEAD:end])
+        except BaseException as exc:
+            return None, exc
+        if is_fine:
+            return answer, None
+        error, text = answer
+        error.__cause__ = RemoteTraceback("\n" + text)
+        return None, error
 
     async def _obituary(self) -> WorkerLost:
         # The socket closes a little before the process is gone, and the exit code is
@@ -2020,7 +2110,8 @@ class _Worker:
         if self.process.is_alive():
             _kill(self.process)
         await io_release(self.sock)
-        self.sock.close()
+        for sock in self.sock, self._give, self._packets:
+            sock.close()
 
 
 class ProcessPool:
@@ -2031,9 +2122,13 @@ class ProcessPool:
     """
 
     def __init__(self, kernel: Kernel, size: int, initializer=int, initargs=()) -> None:
-        self.slots = Semaphore(size)
-        self._first = pickle.dumps((initializer, initargs))
-        self._idle: list[_Worker] = []
+        self.loop, self.size = kernel.loop, size
+        self.pending = 0                    # calls that somebody waits for
+        self._kernel = kernel
+        self._first = pickle.dumps((None, initializer, initargs))
+        self._waiting: deque[ProcessCall] = deque()     # given to no process
+        self._serving = 0                   # tasks that have a process, or start one
+        self._workers: set[_Worker] = set()     # those that have started
         # multiprocessing itself holds on to those that live, and to no others.
         self._processes = weakref.WeakSet()
         kernel.process_pool = self
@@ -2041,49 +2136,100 @@ class ProcessPool:
         # Python joins its children before it exits. Ours end only when they are killed.
         atexit.register(self.shutdown)
 
-    async def call(self, func: Callable, args: tuple, limit=None, begins=None) -> Any:
-        """Run `func(*args)` in a process; for those who hold one of the `slots`.
+    def submit(self, call: ProcessCall) -> None:
+        self._waiting.append(call)
+        self._feed()
 
-        `begins(pid)` is called when the call is handed to the process of that number.
-        Raises TimeoutError, and kills the process, if that takes more than `limit`
-        seconds from the moment in which the process is there to begin.
-        """
-        call = pickle.dumps((func, args))
-        worker = await self._take()
-        if begins is not None:
-            begins(worker.process.pid)
-        request = worker.request(call)
-        if limit is not None:
-            request = ignore_after(limit, request, timeout_result=(None, None))
-        ok, answer = await request
-        if ok is None:
-            raise TimeoutError(f"{limit:g} s")
-        self._idle.append(worker)
-        if ok:
-            return answer
-        error, text = answer
-        raise error from RemoteTraceback("\n" + text)
+    def _feed(self) -> None:
+        """Give calls to the processes, first to those that are idle."""
+        if self._waiting and self._serving < min(self.size, self.pending):
+            self._serving += 1
+            self._kernel._spawn(self._serve())
+        while self._waiting and self._workers:
+            idlest = min(self._workers, key=lambda worker: len(worker.calls))
+            if not idlest.give(self._waiting[0]):
+                break
+            self._waiting.popleft()
 
-    async def _take(self) -> _Worker:
-        while self._idle:
-            worker = self._idle.pop()
-            if worker.process.exitcode is None:
-                return worker
-            await worker.close()        # it died while it was idle: nobody's loss
+    def take_back(self, call: ProcessCall) -> bool:
+        """Keep the call from ever beginning; False if it has begun."""
+        for worker in self._workers:
+            if call in worker.calls:
+                worker.take_back(self._waiting)
+        is_back = call in self._waiting
+        if is_back:
+            self._waiting.remove(call)
+        self._feed()
+        return is_back
+
+    def abandon(self, call: ProcessCall) -> bool:
+        """Kill the process that runs the call; False if the call is done after all."""
+        for worker in self._workers:
+            if call in worker.calls:
+                worker.take_back(self._waiting)
+                if call in self._waiting:   # the process hangs: it has not read it
+                    self._waiting.remove(call)
+                    worker.calls.append(call)
+                # If another one is the last, the answer to this one is on its way.
+                runs = worker.calls[-1] is call
+                if runs:
+                    worker.calls.pop()
+                    self._workers.discard(worker)
+                    _kill(worker.process)
+                self._feed()
+                return runs
+        return False
+
+    async def _serve(self) -> None:
+        """Have a process, from its start to its end. It has three tries to start."""
         for pause in 0, 0.5, 2.0:
             await sleep(pause)
-            try:
-                worker = _Worker()
-                self._processes.add(worker.process)
-                ok, answer = await worker.request(self._first)
-                if ok:
-                    return worker
-                await worker.close()
-                error = answer[0]
-            except (OSError, WorkerLost) as exc:
-                error = exc
-        text = f"no worker process can be started: {error!r}"
-        raise WorkerStartError(text) from error
+            error = await self._live()
+            if error is None:
+                break
+        else:
+            for worker in self._workers:
+                worker.take_back(self._waiting)
+            if self._waiting:
+                text = f"no worker process can be started: {error!r}"
+                failure = WorkerStartError(text)
+                failure.__cause__ = error
+                self._waiting.popleft().end(None, failure)
+        self._serving -= 1
+        self._feed()
+
+    async def _live(self) -> BaseException | None:
+        """Start a process, and pass on what it answers, as long as it lives. Return
+        None then; or else the error that kept it from starting."""
+        try:
+            worker = _Worker(self._first)
+        except OSError as exc:
+            return exc
+        self._processes.add(worker.process)
+        try:
+            _, error = await worker.receive()
+            if error is not None:
+                return error
+            self._workers.add(worker)
+            while not worker.is_dead:
+                if not worker.calls and not self._waiting:
+                    # No call may stand behind another one while a process is idle.
+                    busiest = max(self._workers, key=lambda worker: len(worker.calls),
+                                  default=worker)
+                    if len(busiest.calls) > 1:
+                        busiest.take_back(self._waiting)
+                self._feed()
+                outcome = await worker.receive()
+                if worker.is_dead:
+                    worker.take_back(self._waiting)
+                if worker.calls:        # else it was idle when it died
+                    worker.calls.popleft().end(*outcome)
+                    worker.begin()
+                del outcome             # hold on to nothing while waiting
+            return None
+        finally:
+            self._workers.discard(worker)
+            await worker.close()
 
     def shutdown(self) -> None:
         """Kill all and wait for their end."""
@@ -2093,5 +2239,3 @@ class ProcessPool:
                 _kill(process)
         for process in self._processes:
             process.join()
-        for worker in self._idle:
-            worker.sock.close()

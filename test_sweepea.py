@@ -1979,18 +1979,143 @@ def slow_import(path):
 async def test_the_limit_of_a_process_leaves_out_its_start(tmp_path):
     path = tmp_path / "started"
     pool = await pool_of(sweepea.ProcessPool, 1, slow_import, (path,))
-    async with pool.slots:
-        assert await pool.call(double, (2,), 0.5) == 4
-        with pytest.raises(TimeoutError, match="0.2 s"):
-            await pool.call(time.sleep, (60,), 0.2)
-        assert await pool.call(double, (3,), 0.5) == 6
+    assert await sweepea.ProcessCall(pool, double, (2,), 0.5).run() == 4
+    with pytest.raises(TimeoutError, match="0.2 s"):
+        await sweepea.ProcessCall(pool, time.sleep, (60,), 0.2).run()
+    assert await sweepea.ProcessCall(pool, double, (3,), 0.5).run() == 6
     assert path.read_text() == "xx"
+
+
+async def test_the_limit_of_a_call_leaves_out_the_calls_before_it():
+    pool = await pool_of(sweepea.ProcessPool, 1)
+    calls = [sweepea.ProcessCall(pool, time.sleep, (0.2,), 0.4) for _ in range(4)]
+    assert await gather(*[call.run() for call in calls]) == [None] * 4
+    for before, after in zip(calls, calls[1:]):
+        assert before.began < before.ended <= after.began
+    worker, = multiprocessing.active_children()
+    assert {call.place for call in calls} == {f"process {worker.pid}"}
+
+
+def note(path, wait_for=None, ballast=b""):
+    """Write that this runs, and end when a file is there."""
+    with open(path, "a") as file:
+        file.write("x")
+    while wait_for and not wait_for.exists():
+        time.sleep(0.001)
+    return os.getpid(), path.name, len(ballast)
+
+
+async def one_is_slow(tmp_path, size):
+    """A process has a slow call, and twenty quick ones come after it, some of which are
+    too large for a packet. Return the file that ends the slow one, its task, the tasks
+    of the others, and these calls."""
+    pool, gate = await pool_of(sweepea.ProcessPool, size), tmp_path / "gate"
+    await gather(*[run_in_process(time.sleep, 0.5) for _ in range(size)])
+    mark = tmp_path / "slow"
+    slow = await spawn(run_in_process, note, mark, gate)
+    await until(lambda: mark.exists() and mark.read_text())
+    quick = [sweepea.ProcessCall(pool, note, (tmp_path / f"quick{n}", None,
+                                              b"x" * (n % 3 * 100_000)))
+             for n in range(20)]
+    return gate, slow, [await spawn(call.run()) for call in quick], quick
+
+
+async def test_no_call_stands_behind_a_slow_one_while_a_process_is_idle(tmp_path):
+    gate, slow, tasks, _ = await one_is_slow(tmp_path, 2)
+    for n, task in enumerate(tasks):
+        _, *what = await timeout_after(20, task.join)
+        assert what == [f"quick{n}", n % 3 * 100_000]
+    assert not slow.terminated
+    gate.touch()
+    pid, *_ = await slow.join()
+    assert pid not in {task.result[0] for task in tasks}
+
+
+@pytest.mark.parametrize("how", ["kill", "cancel"])
+async def test_the_end_of_a_process_costs_the_call_alone_that_ran(how, tmp_path):
+    gate, slow, tasks, _ = await one_is_slow(tmp_path, 1)
+    if how == "kill":
+        worker, = multiprocessing.active_children()
+        worker.kill()
+        with pytest.raises(WorkerLost):
+            raise await ended(slow)
+    else:
+        await slow.cancel()
+    for task in tasks:
+        await timeout_after(20, task.join)
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"x"}
+
+
+async def test_a_call_to_a_process_is_taken_back_or_cancelled_in_time(tmp_path):
+    gate, slow, tasks, calls = await one_is_slow(tmp_path, 1)
+    for task in tasks[::4]:
+        await task.cancel()
+    assert all(call.take_back() for call in calls[1::4])
+    assert all(call.began is None for call in calls)
+    gate.touch()
+    for task in tasks[2::4] + tasks[3::4]:
+        assert (await timeout_after(20, task.join))[0] == (await slow.join())[0]
+    assert not any(call.take_back() for call in calls)
+    names = {"slow", "gate", *[f"quick{n}" for n in range(20) if n % 4 > 1]}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+@pytest.mark.parametrize("cancelled", [0, 1])
+async def test_an_answer_is_on_its_way_when_a_call_is_cancelled(cancelled, tmp_path):
+    pool, gate = await pool_of(sweepea.ProcessPool, 1), tmp_path / "gate"
+    worker = await run_in_process(os.getpid)
+    calls = [sweepea.ProcessCall(pool, note, (tmp_path / "0",)),
+             sweepea.ProcessCall(pool, note, (tmp_path / "1", gate))]
+    tasks = [await spawn(call.run()) for call in calls]
+    await until(lambda: calls[0].began)
+    wait_until((tmp_path / "1").exists)         # the kernel stands still meanwhile
+    assert not calls[0].ended and not any(call.take_back() for call in calls)
+    await tasks[cancelled].cancel()
+    gate.touch()
+    other = await timeout_after(20, tasks[1 - cancelled].join)
+    assert other == (worker, str(1 - cancelled), 0)
+    # If that was the first one, no process had to die for it.
+    next_one = await timeout_after(20, run_in_process, os.getpid)
+    assert (next_one == worker) == (cancelled == 0)
+
+
+async def test_calls_are_taken_back_while_processes_take_them(tmp_path):
+    """No call runs twice, none is lost, and each gets its own answer."""
+    pool = await pool_of(sweepea.ProcessPool, 2)
+    calls = [sweepea.ProcessCall(pool, note, (tmp_path / str(n),)) for n in range(1000)]
+    tasks = [await spawn(call.run()) for call in calls]
+    await until(lambda: calls[0].ended)
+    for n in range(300, 700):       # wherever that is by now
+        pool.take_back(calls[0])
+        for worker in list(pool._workers):
+            worker.take_back(pool._waiting)
+        if calls[n].take_back():
+            await tasks[n].cancel()
+        await sleep(0)
+    for n, task in enumerate(tasks):
+        if not task.cancelled:
+            assert (await timeout_after(20, task.join))[1] == str(n)
+    ran = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert ran == {str(n): "x" for n, task in enumerate(tasks) if not task.cancelled}
 
 
 async def test_a_process_that_cannot_start_is_an_error():
     await pool_of(sweepea.ProcessPool, 1, os._exit, (5,))
-    with pytest.raises(sweepea.WorkerStartError, match="exit code 5"):
-        await run_in_process(double, 2)
+    for task in [await spawn(run_in_process, double, n) for n in range(2)]:
+        with pytest.raises(sweepea.WorkerStartError, match="exit code 5") as caught:
+            raise await ended(task)
+        assert isinstance(caught.value.__cause__, WorkerLost)
+
+
+async def test_a_process_that_hangs_is_killed_at_the_limit():
+    pool = await pool_of(sweepea.ProcessPool, 1)
+    worker = await run_in_process(os.getpid)
+    os.kill(worker, signal.SIGSTOP)
+    hanging = await spawn(sweepea.ProcessCall(pool, double, (2,), 0.2).run())
+    behind = await spawn(run_in_process, os.getpid)
+    with pytest.raises(TimeoutError, match="0.2 s"):
+        raise await ended(hanging)
+    assert await behind.join() != worker and gone({worker})
 
 
 async def test_what_cannot_be_pickled():
@@ -2073,6 +2198,16 @@ async def test_a_process_dies_whose_forked_child_lives(tmp_path):
         for path in tmp_path.iterdir():
             with suppress(ProcessLookupError):
                 os.kill(int(path.read_text()), signal.SIGKILL)
+
+
+def leave_a_program_behind():
+    os.system("sleep 60 &")
+    os._exit(3)
+
+
+async def test_a_process_dies_whose_program_lives():
+    with pytest.raises(sweepea.WorkerLost, match="exit code 3"):
+        await timeout_after(20, run_in_process, leave_a_program_behind)
 
 
 def pool_of_two(func, items):
@@ -4389,10 +4524,10 @@ def test_a_classic_queue_does_not_count(client):
 # =====================================================================================
 
 @contextmanager
-def losing(client, relay, tmp_path, calls):
+def losing(client, relay, tmp_path, calls, worker="thread"):
     """An app that is about to lose its connection, with two of the calls begun."""
     environ = {**client.config, "OLIVE_URL": relay.url + "?heartbeat=2",
-               "OLIVE_THREADS": "2"}
+               "OLIVE_THREADS": "2", "OLIVE_PROCESSES": "2", "OLIVE_WORKER": worker}
     script = tmp_path / "impatient.py"
     script.write_text("import olive_app\nif __name__ == '__main__':\n"
                       "    olive_app.PATIENCE = 1.0\n    olive_app.main()\n")
@@ -4422,9 +4557,10 @@ def test_a_failure_is_told_once_though_the_connection_was_lost(client, relay, tm
     assert sorted(client.marks("start")) == [*calls]    # nothing was begun twice
 
 
-def test_what_somebody_else_got_is_let_go(client, relay, tmp_path):
+@pytest.mark.parametrize("worker", ["thread", "process"])
+def test_what_somebody_else_got_is_let_go(client, relay, tmp_path, worker):
     calls = {"call0": "work", "call1": "fails", "call2": "work", "call3": "work"}
-    with losing(client, relay, tmp_path, calls) as app:
+    with losing(client, relay, tmp_path, calls, worker) as app:
         # A more important consumer gets all that comes back to the queue.
         taken = client.channel.consume(client.queue, arguments={"x-priority": 9},
                                        inactivity_timeout=0.2)
