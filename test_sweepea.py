@@ -315,10 +315,44 @@ def alone(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def broker():
+def brokers(tmp_path_factory):
+    """Two RabbitMQs, which start at the same time. The first one has TLS, too."""
+    folder = tmp_path_factory.mktemp("certificates")
+    # Two authorities, and a certificate of the first for localhost alone.
+    authority = ["-addext", "keyUsage=critical,keyCertSign,cRLSign"]
+    for name, options in {"ca": authority, "other": authority, "localhost": [
+            "-CA", "ca.pem", "-CAkey", "ca.key", "-addext", "basicConstraints=CA:FALSE",
+            "-addext", "subjectAltName=DNS:localhost"]}.items():
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes",
+                        "-days", "2", "-keyout", f"{name}.key", "-out", f"{name}.pem",
+                        "-subj", f"/CN={name}", *options],
+                       cwd=folder, check=True, capture_output=True)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    config = (f"listeners.ssl.1 = 127.0.0.1:{port}\n"
+              f"ssl_options.cacertfile = {folder}/ca.pem\n"
+              f"ssl_options.certfile = {folder}/localhost.pem\n"
+              f"ssl_options.keyfile = {folder}/localhost.key\n"
+              "ssl_options.verify = verify_none\n")
+    with ExitStack() as stack, ThreadPoolExecutor() as pool:
+        victim = pool.submit(stack.enter_context, olive_utils.private_broker())
+        broker = stack.enter_context(olive_utils.private_broker(config=config))
+        broker.certificates, broker.tls_port = folder, port
+        yield broker, victim
+
+
+@pytest.fixture
+def broker(brokers):
     """One RabbitMQ for all tests that do not harm it."""
-    with olive_utils.private_broker() as broker:
-        yield broker
+    return brokers[0]
+
+
+@pytest.fixture
+def victim(brokers):
+    """A broker to be harmed. Who stops it starts it again; this sees to the rest."""
+    victim = brokers[1].result()
+    yield victim
+    victim.start()      # does nothing if it runs
 
 
 def wait_until(condition, timeout=30.0, what=""):
@@ -2730,8 +2764,8 @@ def test_what_pika_cannot_decode_is_one_line_and_a_longer_wait_each_time(client)
 # =====================================================================================
 
 @pytest.fixture(scope="module")
-def live_app(broker):
-    client = Client(broker.url, "live")
+def live_app(brokers):
+    client = Client(brokers[0].url, "live")
     client.close()
     # (a time zone far from UTC shows whether times without a zone are taken for UTC)
     with running({**client.config, "OLIVE_PROCESSES": "2", "OLIVE_LOG_LEVEL": "DEBUG",
@@ -4716,19 +4750,6 @@ class Drill(Client):
                 "lost": len(set(self.sent) - set(done) - dead)}
 
 
-@pytest.fixture(scope="module")
-def _victim():
-    with olive_utils.private_broker() as broker:
-        yield broker
-
-
-@pytest.fixture
-def victim(_victim):
-    """A broker to be harmed. Who stops it starts it again; this sees to the rest."""
-    yield _victim
-    _victim.start()     # does nothing if it runs
-
-
 def write_all(broker):
     """Have the broker write what it would write some seconds later.
 
@@ -5186,42 +5207,25 @@ def test_dead_and_replay(broker):
 
 # -- TLS ------------------------------------------------------------------------------
 
-def test_tls(tmp_path):
-    # Two authorities, and a certificate of the first for localhost alone.
-    authority = ["-addext", "keyUsage=critical,keyCertSign,cRLSign"]
-    for name, options in {"ca": authority, "other": authority, "localhost": [
-            "-CA", "ca.pem", "-CAkey", "ca.key", "-addext", "basicConstraints=CA:FALSE",
-            "-addext", "subjectAltName=DNS:localhost"]}.items():
-        subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes",
-                        "-days", "2", "-keyout", f"{name}.key", "-out", f"{name}.pem",
-                        "-subj", f"/CN={name}", *options],
-                       cwd=tmp_path, check=True, capture_output=True)
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    config = (f"listeners.ssl.1 = 127.0.0.1:{port}\n"
-              f"ssl_options.cacertfile = {tmp_path}/ca.pem\n"
-              f"ssl_options.certfile = {tmp_path}/localhost.pem\n"
-              f"ssl_options.keyfile = {tmp_path}/localhost.key\n"
-              "ssl_options.verify = verify_none\n")
-    with olive_utils.private_broker(config=config) as broker:
-        drill = Drill(broker.url)
-        good = f"amqps://guest:guest@localhost:{port}/%2F"
-        trusted = {"SSL_CERT_FILE": f"{tmp_path}/ca.pem"}
-        for url, extra in [
-                (good.replace("localhost", "127.0.0.1"), trusted),
-                (good, {"SSL_CERT_FILE": f"{tmp_path}/other.pem"})]:
-            environ = {**drill.environ, **extra, "OLIVE_URL": url}
-            with running(environ, ready="certificate verify failed") as app:
-                app.stop()
-            assert app.log.count("verify failed") == 1, app.log
-            assert "Traceback" not in app.log and "guest" not in app.log, app.log
-            sender = send(environ, "add", "2", "3")
-            assert sender.returncode == 4 and sender.stderr.count("\n") == 1, sender
-        drill.send([("work", i) for i in range(100)])
-        environ = {**drill.environ, **trusted, "OLIVE_URL": good}
-        with running(environ) as app:
-            assert send(environ, "add", "2", "3").stdout == "5\n"
-            drill.finish(app, replies=100)
+def test_tls(broker):
+    drill, folder = Drill(broker.url), broker.certificates
+    good = f"amqps://guest:guest@localhost:{broker.tls_port}/%2F"
+    trusted = {"SSL_CERT_FILE": f"{folder}/ca.pem"}
+    for url, extra in [
+            (good.replace("localhost", "127.0.0.1"), trusted),
+            (good, {"SSL_CERT_FILE": f"{folder}/other.pem"})]:
+        environ = {**drill.environ, **extra, "OLIVE_URL": url}
+        with running(environ, ready="certificate verify failed") as app:
+            app.stop()
+        assert app.log.count("verify failed") == 1, app.log
+        assert "Traceback" not in app.log and "guest" not in app.log, app.log
+        sender = send(environ, "add", "2", "3")
+        assert sender.returncode == 4 and sender.stderr.count("\n") == 1, sender
+    drill.send([("work", i) for i in range(100)])
+    environ = {**drill.environ, **trusted, "OLIVE_URL": good}
+    with running(environ) as app:
+        assert send(environ, "add", "2", "3").stdout == "5\n"
+        drill.finish(app, replies=100)
 
 
 # -- a long run -----------------------------------------------------------------------
@@ -5256,13 +5260,15 @@ def test_a_cluster_loses_a_node_and_then_the_leader():
         nodes = [stack.enter_context(olive_utils.private_broker())]
         nodes += pool.map(lambda _: stack.enter_context(
             olive_utils.private_broker(peer=nodes[0])), range(2))
+        # (two nodes must not join in the same moment)
+        list(pool.map(lambda node: node.ctl("stop_app"), nodes[1:]))
         for node in nodes[1:]:
-            for command in ["stop_app"], ["join_cluster", nodes[0].node], ["start_app"]:
-                node.ctl(*command)
+            node.ctl("join_cluster", nodes[0].node)
+        list(pool.map(lambda node: node.ctl("start_app"), nodes[1:]))
         drill = Drill(nodes[0].url)
         drill.environ["OLIVE_URL"] = ",".join(node.url for node in nodes)
         with running(drill.environ) as app:
-            drill.send([("work", "late1")], eta=later(6).isoformat())
+            drill.send([("work", "late1")], eta=later(4).isoformat())
             drill.send([("work", i, 0.05) for i in range(400)])
             drill.wait_done(100)
             nodes[0].kill()             # the one that the app is connected to
@@ -5270,7 +5276,7 @@ def test_a_cluster_loses_a_node_and_then_the_leader():
             drill.wait_done(300, 40)
             nodes[0].start()
             drill.send([("work", i, 0.05) for i in range(400, 600)])
-            drill.send([("work", "late2")], eta=later(6).isoformat())
+            drill.send([("work", "late2")], eta=later(4).isoformat())
             queues = json.loads(nodes[1].ctl("list_queues", "name", "leader",
                                              "--formatter", "json"))
             leader = {queue["name"]: queue["leader"] for queue in queues}[drill.queue]
