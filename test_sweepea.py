@@ -168,7 +168,9 @@ async def stubborn():
         except BaseException: pass
 
 @task
-async def blocks(): time.sleep(0.7)
+async def blocks(seconds=0.7):
+    mark("start", "blocks")
+    time.sleep(seconds)
 
 @task
 def work(i, seconds=0):
@@ -513,20 +515,16 @@ class App:
 
 @contextmanager
 def running(environ, *argv, ready="connected to", **options):
-    """Run the app until the end of the block; it is killed if it does not leave."""
+    """Run the app until the end of the block, and stop it if it runs still then.
+
+    If the test has failed, `alone` sees to the rest.
+    """
     app = App(environ, *argv, **options)
-    try:
-        if ready:
-            app.wait_for(ready)
-        yield app
-    finally:
-        if app.process.poll() is None:
-            app.signal()
-            try:
-                app.wait(15)
-            except subprocess.TimeoutExpired:
-                app.process.kill()
-                app.wait()
+    if ready:
+        app.wait_for(ready)
+    yield app
+    if app.process.poll() is None:
+        app.stop()
 
 
 @pytest.fixture
@@ -1088,9 +1086,6 @@ async def test_a_bounded_queue_makes_put_wait_and_keeps_the_order():
         await sleep(0)
     await task.join()
     await waiting(queue.get)
-
-
-
 
 
 async def test_gather_keeps_the_order_and_a_failure_or_a_cancellation_cancels_all():
@@ -2429,7 +2424,6 @@ def test_a_process_task_may_be_anywhere(how, client, tmp_path):
             text, = client.reply()["result"]["exc_message"]
             assert "define it at the top level of a module" in text
             assert "__main__" in text and buried(client, "unknown-task")
-        app.stop()
     assert app.log.count("waiting for tasks") == 1
     assert json.loads(trace.read_text())
 
@@ -2466,7 +2460,6 @@ OliveOly(OliveAppConfig.from_env()).start()
         done = python(config, "-c", "from shop.vendor.olive_utils import call_task\n"
                       "print(call_task('mine', [6])[0])")
         assert (done.stdout, done.stderr) == ("6\n", "")
-        app.stop()
 
 
 # =====================================================================================
@@ -2894,7 +2887,8 @@ def test_arguments_that_do_not_fit_are_not_tried_again(live, args):
 
 
 @pytest.mark.parametrize("name, timelimit, limit", [
-    ("in_thread", [Decimal("0.3"), None], "0.3"), ("in_thread", [Decimal("0.2"), 0], "0.2"),
+    ("in_thread", [Decimal("0.3"), None], "0.3"),
+    ("in_thread", [Decimal("0.2"), 0], "0.2"),
     ("in_process", [None, Decimal("0.3")], "0.3"),
     ("in_coroutine", [Decimal("0.2"), 2], "0.2"),
     ("strict", None, "0.2"), ("strict", [3600, None], "0.2"),
@@ -2982,7 +2976,6 @@ def test_what_expires_while_it_is_tried_again_is_told(client):
         client.send("much_later", [], expires=later(30).isoformat())
         assert client.reply()["result"]["exc_type"] == "ValueError"
         assert buried(client, "failed")[1]["x-olive-error"] == "ValueError: on purpose"
-        app.stop()
     # It expires while no app is there to try it.
     client.send("much_later", [], expires=later(-1).isoformat(), retries=2, **{
         "x-olive-error": "ValueError: on purpose"})
@@ -2991,7 +2984,6 @@ def test_what_expires_while_it_is_tried_again_is_told(client):
         assert (reply["status"], reply["result"]["exc_message"]) == (
             "REVOKED", ["expired after a failed try: ValueError: on purpose"])
         assert "ValueError" in buried(client, "failed")[1]["x-olive-error"]
-        app.stop()
     assert "expired after a failed try: ValueError" in app.log
 
 
@@ -3254,7 +3246,6 @@ def test_a_full_disk_does_not_stop_the_work(client):
     with running({**client.config, "OLIVE_TRACE": "/dev/full"}) as app:
         client.send("add")
         assert client.reply()["result"] == 5
-        app.stop()
     assert "Traceback" not in app.log
 
 
@@ -3376,7 +3367,6 @@ def test_the_log_of_a_run(client):
         app.wait_for("DEBUG 'in_process'")
         (pid,) = [line.split()[-1] for line in app.lines if "hello in" in line]
         assert int(pid) in app.children()
-        app.stop()
     for line in app.lines:      # what begins with blanks shows where a task failed
         assert re.fullmatch(LINE, line) or line.startswith("    "), line
     hello = next(line for line in app.lines if " WARNING hello in " in line)
@@ -3400,7 +3390,6 @@ def test_the_log_has_the_frames_of_a_task_that_failed(client):
         client.send("fails", ["\x1b[31mred"])
         client.send("in_process", ["raise", "error"])
         app.wait_for("is dead (failed)", count=2)
-        app.stop()
     frames = [line for line in app.lines if line.startswith("    File")]
     assert len(frames) == 3 and all("testtasks.py" in line for line in frames)
     assert "raise ValueError(i)" in app.log and "\\x1b[31mred" in app.log
@@ -3438,91 +3427,81 @@ def test_the_level_is_coloured_on_a_terminal(no_color, is_coloured):
 # Calling
 # =====================================================================================
 
-@pytest.fixture
-def calling(client):
-    """A client, and the settings of an app whose tasks call tasks."""
-    client.config["OLIVE_ROUTING_KEY"] = client.queue
-    return client
-
-
-def test_a_task_calls_a_task(calling):
+def test_a_task_calls_a_task(client):
     def answer(*args, **headers):
-        calling.send("tell", args, **headers)
-        reply = calling.reply()
+        client.send("tell", args, **headers)
+        reply = client.reply()
         return reply["result"] if reply["status"] == "SUCCESS" else reply
 
-    with running(calling.config) as app:
+    with running(client.config):
         assert answer("value", 21) == 21
         assert answer("expired")["result"]["exc_message"] == [
             "TaskRevokedError: expired"]
         assert answer("failure", "odd")["result"]["exc_type"] == "TypeError"
         ident = answer("send", "sent")
-        wait_until(lambda: calling.marks("done")[-1:] == ["sent"])
+        wait_until(lambda: client.marks("done")[-1:] == ["sent"])
         assert str(uuid.UUID(ident)) == ident
-        calling.send("threaded", [4])
-        assert calling.reply()["result"] == 4
+        client.send("threaded", [4])
+        assert client.reply()["result"] == 4
         for _ in range(2):
-            calling.get(calling.dead_queue)         # of the callers that failed
+            client.get(client.dead_queue)         # of the callers that failed
         # A called message says who called.
         for ident, headers in ("caller", {"root_id": "root"}), ("no-root", {}):
             assert answer("failure", id=ident, **headers) == [
                 "ValueError", "('wrong', 1)", True]
-            properties, letter = buried(calling, "failed")
+            properties, letter = buried(client, "failed")
             assert letter["parent_id"] == ident != letter["id"]
             assert letter["root_id"] == headers.get("root_id", ident)
             assert letter["id"] == properties.correlation_id
         # What somebody has called who does not wait any more runs on.
         assert answer("timeout")["result"]["exc_message"] == [
             "no answer to hold within 0.1 s"]
-        calling.get(calling.dead_queue)
-        calling.send("hasty", [])
-        assert calling.reply()["result"]["exc_type"] == "TimeLimitExceeded"
-        assert buried(calling, "timeout")
-        calling.go.touch()
-        wait_until(lambda: calling.marks("done").count("held") == 2)
-        app.stop()
+        client.get(client.dead_queue)
+        client.send("hasty", [])
+        assert client.reply()["result"]["exc_type"] == "TimeLimitExceeded"
+        assert buried(client, "timeout")
+        client.go.touch()
+        wait_until(lambda: client.marks("done").count("held") == 2)
 
 
 @pytest.mark.parametrize("apps", [1, 2])
-def test_callers_that_wait_hold_no_place(calling, apps):
-    config = {**calling.config, "OLIVE_PREFETCH": "2", "OLIVE_THREADS": "2"}
+def test_callers_that_wait_hold_no_place(client, apps):
+    config = {**client.config, "OLIVE_PREFETCH": "2", "OLIVE_THREADS": "2"}
     with ExitStack() as stack:
         started = [stack.enter_context(running(config)) for _ in range(apps)]
         for _ in range(10):
-            calling.send("sum_up", [3])
-        assert [calling.reply()["result"] for _ in range(10)] == [27] * 10
-        wait_until(lambda: calling.count(calling.calls, "consumer_count") == apps)
-        assert calling.count(calling.queue, "consumer_count") == apps
+            client.send("sum_up", [3])
+        assert [client.reply()["result"] for _ in range(10)] == [27] * 10
+        wait_until(lambda: client.count(client.calls, "consumer_count") == apps)
+        assert client.count(client.queue, "consumer_count") == apps
         for app in started:
             app.stop()
-    assert calling.count(calling.queue) == calling.count(calling.calls) == 0
+    assert client.count(client.queue) == client.count(client.calls) == 0
 
 
-def test_no_more_than_a_window_of_callers_is_in_hand(calling):
-    with running({**calling.config, "OLIVE_PREFETCH": "3"}) as app:
+def test_no_more_than_a_window_of_callers_is_in_hand(client):
+    with running({**client.config, "OLIVE_PREFETCH": "3"}):
         for _ in range(50):
-            calling.send("sum_up", [1])
-            calling.send("caller", [])
+            client.send("sum_up", [1])
+            client.send("caller", [])
         # Callers of both kinds come in; those of `hold` keep their places.
-        wait_until(lambda: calling.count(calling.calls) == 0
-                   and calling.count(calling.queue) <= 97)
-        calling.go.touch()
-        answers = [calling.reply()["result"] for _ in range(100)]
+        wait_until(lambda: client.count(client.calls) == 0
+                   and client.count(client.queue) <= 97)
+        client.go.touch()
+        answers = [client.reply()["result"] for _ in range(100)]
         assert sorted(map(str, answers)) == ["3"] * 50 + ["held"] * 50
-        app.stop()
 
 
-def test_the_app_is_killed_while_callers_wait(calling):
-    with running(calling.config) as app:
+def test_the_app_is_killed_while_callers_wait(client):
+    with running(client.config) as app:
         for _ in range(5):
-            calling.send("caller", [])
-        wait_until(lambda: "hold" in app.log or calling.count(calling.queue) == 0)
+            client.send("caller", [])
+        wait_until(lambda: "hold" in app.log or client.count(client.queue) == 0)
         app.process.kill()
         app.wait()
-    calling.go.touch()
-    with running(calling.config) as app:
-        assert [calling.reply()["result"] for _ in range(5)] == ["held"] * 5
-        app.stop()
+    client.go.touch()
+    with running(client.config) as app:
+        assert [client.reply()["result"] for _ in range(5)] == ["held"] * 5
 
 
 def test_the_broker_is_killed_while_callers_wait(victim):
@@ -3547,41 +3526,39 @@ def test_the_broker_is_killed_while_callers_wait(victim):
         client.connect()
         got = [json.loads(client.get(replies)[1])["result"] for _ in range(6)]
         assert set(map(str, got)) == {"1", "held"}
-        app.stop()
     client.close()
 
 
-def test_a_stop_gives_callers_back_if_nobody_takes_what_they_call(calling):
-    config = {**calling.config, "OLIVE_THREADS": "1", "OLIVE_GRACE": "3600"}
+def test_a_stop_gives_callers_back_if_nobody_takes_what_they_call(client):
+    config = {**client.config, "OLIVE_THREADS": "1", "OLIVE_GRACE": "3600"}
     with running(config) as app:
-        calling.send("caller", [])      # its call runs, in the only thread
-        calling.send("caller", [])      # and that of this one waits
-        wait_until(lambda: calling.count(calling.queue) == 0)
+        client.send("caller", [])      # its call runs, in the only thread
+        client.send("caller", [])      # and that of this one waits
+        wait_until(lambda: client.count(client.queue) == 0)
         app.wait_for("waiting for tasks")
-        wait_until(lambda: calling.count(calling.calls) == 0)
+        wait_until(lambda: client.count(client.calls) == 0)
         app.signal()
         app.wait_for("stopping: ")
-        calling.go.touch()
+        client.go.touch()
         assert app.wait() == 0
     with running(config) as app:
-        assert [calling.reply()["result"] for _ in range(2)] == ["held"] * 2
-        app.stop()
+        assert [client.reply()["result"] for _ in range(2)] == ["held"] * 2
 
 
-def test_a_stop_waits_for_callers_if_another_app_takes_what_they_call(calling):
-    config = {**calling.config, "OLIVE_THREADS": "1", "OLIVE_GRACE": "3600"}
+def test_a_stop_waits_for_callers_if_another_app_takes_what_they_call(client):
+    config = {**client.config, "OLIVE_THREADS": "1", "OLIVE_GRACE": "3600"}
     with running(config) as one:
         for _ in range(2):
-            calling.send("caller", [])
-        wait_until(lambda: calling.count(calling.queue) == 0)
+            client.send("caller", [])
+        wait_until(lambda: client.count(client.queue) == 0)
         with running(config) as other:
             one.signal()
             one.wait_for("stopping: ")
-            calling.go.touch()
+            client.go.touch()
             assert one.wait() == 0
-            assert [calling.reply()["result"] for _ in range(2)] == ["held"] * 2
+            assert [client.reply()["result"] for _ in range(2)] == ["held"] * 2
             other.stop()
-    assert calling.marks("done") == ["held"] * 2
+    assert client.marks("done") == ["held"] * 2
 
 
 async def test_call_is_for_coroutines_of_the_app():
@@ -3616,14 +3593,13 @@ def test_the_readme_does_what_it_says(client, tmp_path):
     (tmp_path / "mytasks.py").write_text(tasks)
     config = {**client.config, "OLIVE_TASKS": "mytasks",
               "PYTHONPATH": f"{tmp_path}:{HOUSE}"}
-    with running(config) as app:
+    with running(config):
         sent = send(config, "report", '["Paris", "Rome"]')
         assert sent.stdout == '["fine in Paris", "fine in Rome"]\n'
         calls = re.sub("^call_task(.*?\\))(?= )", r"print(call_task\1)", calls,
                        flags=re.M)
         done = python(config, "-c", calls)
         assert (done.stdout, done.stderr) == ("['fine in Paris', 'fine in Rome']\n", "")
-        app.stop()
 
 
 def test_the_strace_of_the_walkthrough_prints_what_it_says(tmp_path):
@@ -3646,7 +3622,7 @@ def test_the_recipes_work(client, tmp_path):
     (tmp_path / "recipes.py").write_text(program)
     fetched = HOUSE / "fetched"
     fetched.unlink(missing_ok=True)
-    with running(client.config, script=tmp_path / "recipes.py") as app:
+    with running(client.config, script=tmp_path / "recipes.py"):
         wait_until(lambda: fetched.exists() and fetched.read_text().count("org") >= 3)
         for n in range(6):
             client.send("politely", [n])
@@ -3658,7 +3634,6 @@ def test_the_recipes_work(client, tmp_path):
             "is under way already"] * 2 + ["the page it"]
         client.send("compare", [["a", "bbb", "cc"]])
         assert client.reply()["result"] == "the page bbb"
-        app.stop()
 
 
 # =====================================================================================
@@ -3939,14 +3914,13 @@ def test_what_is_sent_before_the_app_ever_ran_waits_for_it(client):
     assert sender.stderr.readline() == (
         f"no app listens on {client.queue} yet; waiting\n")
     config = OliveAppConfig.from_env(client.config)
-    with running(client.config) as app:
+    with running(client.config):
         assert sender.communicate(timeout=30) == ("5\n", "")
         assert sender.returncode == 0
         # What is gone later is declared as well.
         assert call_task("add", (2, 3), config=config) == 5
         client.channel.exchange_delete(client.exchange)
         assert call_task("add", (3, 4), config=config) == 7
-        app.stop()
 
 
 def test_a_user_who_may_only_write_can_send(broker, client):
@@ -4097,7 +4071,7 @@ def test_quiet_means_results_and_errors_alone(served):
 
 
 def test_elsewhere_the_progress_is_plain_lines(served):
-    # A line every five seconds would be waited for too long: all of it ten times as fast.
+    # Five seconds from line to line are long, so here they go by ten times as fast.
     code = ("import sweepea, olive_utils; sleep = sweepea.sleep;"
             "sweepea.sleep = lambda seconds: sleep(seconds / 10); olive_utils.main()")
     sent = python(served.config, "-c", code, "uneven", "0.7", "--count", "2")
@@ -4356,7 +4330,6 @@ def test_a_signal_that_was_ignored_at_the_start_stays_ignored(client):
         app.signal(signal.SIGHUP)
         client.send("add")
         assert client.reply()["result"] == 5
-        app.stop()
 
 
 @pytest.mark.parametrize("name", ["work", "pwork"])
@@ -4389,17 +4362,10 @@ def test_a_stop_waits_no_longer_than_the_grace(client, name):
     assert client.count(client.replies) == 0
 
 
-def test_a_second_signal_is_obeyed_while_a_coroutine_blocks(client, tmp_path):
-    environ = tasks_module(tmp_path, """
-import time
-@task
-async def blocks():
-    print("it blocks", flush=True)
-    time.sleep(3600)
-""")
-    with running({**client.config, **environ}) as app:
-        client.send("blocks", [])
-        app.wait_for("it blocks")
+def test_a_second_signal_is_obeyed_while_a_coroutine_blocks(client):
+    with running(client.config) as app:
+        client.send("blocks", [3600])
+        wait_until(lambda: client.marks("start"))
         app.signal()
         # The first is seen when there is a handler that leaves.
         wait_until(lambda: app.signal() or app.process.poll() is not None)
@@ -4417,28 +4383,16 @@ def test_many_coroutines_that_do_not_go_hold_nobody_up(client):
         assert app.wait(30) == 0        # and not 100 times half a second
 
 
-def test_the_queue_of_calls_is_deleted_while_jobs_run(client, tmp_path):
-    environ = tasks_module(tmp_path, """
-import os, time
-@task
-def held(path):
-    with open(path + ".begun", "a") as file: file.write("begun\\n")
-    while not os.path.exists(path): time.sleep(0.02)
-    return "held"
-""")
-    go = tmp_path / "go"
-    with running({**client.config, **environ}) as app:
-        for _ in range(5):
-            client.send("held", [str(go)])
-        begun = tmp_path / "go.begun"
-        wait_until(lambda: begun.exists() and begun.read_text().count("begun") == 5)
-        client.channel.queue_delete(f"{client.queue}.calls")
+def test_the_queue_of_calls_is_deleted_while_jobs_run(client):
+    with running(client.config) as app:
+        for n in range(5):
+            client.send("work", [n, client.go])
+        wait_until(lambda: len(client.marks("start")) == 5)
+        client.channel.queue_delete(client.calls)
         app.wait_for("reconnected")
-        go.touch()
-        assert [client.reply()["result"] for _ in range(5)] == ["held"] * 5
-        app.stop()
-    assert begun.read_text().count("begun") == 5
-    assert client.count(client.queue) == 0
+        client.go.touch()
+        assert {client.reply()["result"] for _ in range(5)} == {*range(5)}
+    assert len(client.marks("start")) == 5 and client.count(client.queue) == 0
 
 
 @pytest.mark.parametrize("first, second, name", [
@@ -4862,9 +4816,8 @@ def test_restarts_and_a_stop_of_one_app_of_two(broker):
     drill = Drill(broker.url, OLIVE_GRACE="5")
     drill.send([("cowork", i) if i % 4 == 3 else ("work", i, 0.1) for i in range(500)])
     for n in range(1, 4):
-        with running(drill.environ) as app:
+        with running(drill.environ):
             drill.wait_done(50 * n)
-            app.stop()
         started = drill.marks("start")      # and has ended; the rest is given back
         assert sorted(started) == sorted(drill.marks("done"))
         wait_until(lambda: drill.counts()[drill.queue] == 500 - len(started), 5)
@@ -5169,18 +5122,19 @@ def mute(*args, **kwargs):
 socket.getaddrinfo = mute
 """)
     environ |= {"OLIVE_URL": "amqp://broker.example", "OLIVE_GRACE": "0.3"}
-    with running(environ, ready=None) as app:           # while a name is looked up
+    with running(environ, ready=None):                  # while a name is looked up
         wait_until(asked.exists)
-        app.stop()
     with socket.create_server(("127.0.0.1", 0)) as mute:
         url = f"amqp://127.0.0.1:{mute.getsockname()[1]}"
-        with running({**drill.environ, "OLIVE_URL": url}, ready=None) as app:
-            mute.accept()                               # while connecting
-            app.stop()
+        with running({**drill.environ, "OLIVE_URL": url}, ready=None):
+            accepted, _ = mute.accept()                  # while connecting
+    drill.send([("fails", "f", drill.go)])
     with running({**drill.environ, "OLIVE_URL": relay.url}) as app:
-        relay.hole = True                               # while a publish waits
-        drill.send([("no_such_task", "u")])
-        app.stop()
+        wait_until(lambda: drill.marks("start"))
+        relay.hole = True
+        drill.go.touch()                                # while a publish waits
+        wait_until(lambda: drill.marks("failed"))
+    assert "given back, as it did not end in time: 'fails'" in app.log
 
 
 # -- the dead queue -------------------------------------------------------------------
