@@ -228,8 +228,6 @@ class OliveOly:
 
     def _kind(self, registered: OliveTask) -> str:
         """Where the jobs of a task run: "coroutine", "thread" or "process"."""
-        if inspect.iscoroutinefunction(registered.function):
-            return "coroutine"
         return registered.worker or self.config.worker
 
     async def _run_coroutine(self, job: Job, info: JobInfo, limit) -> Outcome:
@@ -1049,7 +1047,7 @@ class OliveTask(NamedTuple):
     """A registered function and how it is to be run."""
 
     function: Callable
-    worker: str | None      # "thread", "process", or None: the configuration's choice
+    worker: str | None      # "coroutine", "thread", "process", or None: by the settings
     timeout: float | None   # seconds
     retries: int
     retry_delay: float      # seconds before the first retry; twice that before the next
@@ -1076,7 +1074,8 @@ def task(name=None, worker=None, timeout=None, retries=0, retry_delay=1.0) -> Ca
         key = name or function.__name__
         if key in TASKS:
             raise ValueError(f"there are two tasks of the name {key!r}")
-        TASKS[key] = OliveTask(function, worker, timeout, retries, retry_delay)
+        kind = "coroutine" if inspect.iscoroutinefunction(function) else worker
+        TASKS[key] = OliveTask(function, kind, timeout, retries, retry_delay)
         return function
 
     if worker not in (None, "thread", "process"):
@@ -1807,13 +1806,14 @@ class Job:
             raise ValueError("the header 'id' is longer than 10,000 characters")
         self.eta = _read_time(headers.get("eta"), "eta")
         self.expires = _read_time(headers.get("expires"), "expires")
-        limits = headers.get("timelimit") or [None, None]
-        if not (isinstance(limits, list) and len(limits) == 2 and all(
-                limit is None or type(limit) in (int, Decimal) and limit >= 0
-                for limit in limits)):
-            raise ValueError("the header 'timelimit' is not [hard, soft]")
-        hard, soft = limits
-        limit = soft if hard is None else hard
+        limit, limits = None, headers.get("timelimit")
+        if limits:
+            if not (isinstance(limits, list) and len(limits) == 2 and all(
+                    limit is None or type(limit) in (int, Decimal) and limit >= 0
+                    for limit in limits)):
+                raise ValueError("the header 'timelimit' is not [hard, soft]")
+            hard, soft = limits
+            limit = soft if hard is None else hard
         # pika cuts doubles down to whole numbers, so a 0 was a limit below one second.
         self.limit = None if limit is None else float(limit) or 1.0
         self.retries = headers.get("retries") or 0
