@@ -9,6 +9,7 @@ coroutine function runs on a kernel of its own (see the end of the file).
 from __future__ import annotations
 
 import argparse
+import ast
 import asyncio
 import decimal
 import fcntl
@@ -3602,18 +3603,8 @@ def test_the_readme_does_what_it_says(client, tmp_path):
         assert (done.stdout, done.stderr) == ("['fine in Paris', 'fine in Rome']\n", "")
 
 
-def test_the_strace_of_the_walkthrough_prints_what_it_says(tmp_path):
-    (tmp_path / "strace.py").write_text(code_blocks("WALKTHROUGH.md")[0])
-    text = (HERE / "WALKTHROUGH.md").read_text()
-    shown = re.search(r"in front:\n\n```\n(.*?)```", text, re.S)[1]
-    printed = python({}, tmp_path / "strace.py").stdout
-    # (the times, which are the first word of a line, differ)
-    words = [re.sub(r"^[\d.]+ ", "", text, flags=re.M) for text in (shown, printed)]
-    assert words[0] == words[1] and printed.count("trap_") > 10
-
-
 def test_the_recipes_work(client, tmp_path):
-    program = code_blocks("WALKTHROUGH.md")[-1]
+    program = PROGRAMS["recipes.py"]
     for old, new in {
             "sleep(60)": "sleep(0.1)", "import sweepea\n": "import sweepea, time\n",
             "return f": "open('fetched', 'a').write(f'{url}\\n'); time.sleep(0.2)\n"
@@ -5267,6 +5258,253 @@ def test_a_cluster_loses_a_node_and_then_the_leader(brokers):
                     q["messages"] for q in queues if ".wait." in q["name"]), app.log
             else:
                 drill.finish(app)
+
+
+# =====================================================================================
+# The walkthrough: its programs print what it says, its quotations are true
+# =====================================================================================
+
+WALKTHROUGH = (HERE / "WALKTHROUGH.md").read_text()
+# By the name in their first line: the programs, and the quotations of our own files.
+PROGRAMS, QUOTATIONS = {}, []
+for block in re.findall(r"^```python\n(.*?)^```", WALKTHROUGH, re.S | re.M):
+    name = block.partition("\n")[0][2:]
+    if (HERE / name).exists():
+        QUOTATIONS.append((name, block.partition("\n")[2]))
+    else:
+        PROGRAMS[name] = block
+
+
+def commands():
+    """The commands that it shows, and what they print: on the console, or else in the
+    block just behind a program."""
+    found, program, end = [], "", 0
+    for block in re.finditer(r"^```(\w*)\n(.*?)^```\n", WALKTHROUGH, re.S | re.M):
+        kind, text = block.groups()
+        if kind == "console":
+            found += re.findall(r"^\$ ([A-Z_=0-9 ]*python .*?)\n(.*?)(?=^\$ |\Z)",
+                                text, re.S | re.M)
+        elif program and not kind and block.start() == end + 1:
+            found.append((f"python {program}", text))
+        program, end = text.split()[1] if kind == "python" else "", block.end()
+    return found
+
+
+def test_what_the_walkthrough_quotes_is_in_the_files():
+    assert len(QUOTATIONS) > 15
+    for name, quoted in QUOTATIONS:
+        for piece in quoted.split("...\n"):
+            assert piece in (HERE / name).read_text(), piece
+
+
+@pytest.mark.parametrize("name", ["sweepea.py", "olive_app.py"])
+def test_the_walkthrough_names_all_that_there_is(name):
+    prose = re.sub("^```.*?^```", "", WALKTHROUGH, flags=re.S | re.M)
+    named = set(re.findall(r"\w+", " ".join(re.findall("`.*?`", prose, re.S))))
+    module = ast.parse((HERE / name).read_text())
+    classes = [node for node in module.body if isinstance(node, ast.ClassDef)]
+    there_is = {node.name for owner in [module, *classes] for node in owner.body
+                if hasattr(node, "name") and not node.name.startswith("__")}
+    assert len(there_is) > 100 and not there_is - named
+    assert not set(sweepea.Kernel()._traps) - named
+
+
+@pytest.mark.parametrize("command, printed", commands(),
+                         ids=[command for command, _ in commands()])
+def test_a_program_of_the_walkthrough_prints_what_it_says(command, printed, client,
+                                                          tmp_path):
+    for name, program in PROGRAMS.items():
+        (tmp_path / name).write_text(program)
+    ran = subprocess.run(
+        ["sh", "-c", command.replace("python ", f"{sys.executable} ")], cwd=tmp_path,
+        env={**os.environ, **client.config, "PYTHONPATH": HOUSE, "OLIVE_TASKS": ""},
+        timeout=60, capture_output=True, text=True)
+    # Times differ.
+    printed, seen = (re.sub(r"\b\d+\.\d+", "0.0", text)
+                     for text in (printed, ran.stdout))
+    assert seen == printed, ran.stderr
+
+
+def test_the_first_session_of_the_walkthrough_is_as_it_says(client):
+    def masked(text):
+        return re.sub(r"\d+", "0", re.sub(r"\[[-0-9a-f]+\]|localhost", "", text))
+
+    said = [line for line in WALKTHROUGH.splitlines() if re.match("2026-.*Z ", line)]
+    environ = {**client.config, "OLIVE_TASKS": "", "OLIVE_QUEUE": "Olive.q",
+               "OLIVE_LOG_LEVEL": "DEBUG", "OLIVE_PROCESSES": "2"}
+    with running(environ) as app:
+        assert send(environ, "add", "2", "3").stdout == "5\n"
+        wait_until(lambda: "done in" in app.log)
+        log = app.log.replace("127.0.0.1", "")
+        assert [masked(line) for line in said] == [
+            masked(line) for line in log.splitlines()]
+        app.stop()
+
+
+SOLUTIONS = '''
+# exercise1
+import kernel2
+from kernel2 import _trap
+async def whoami():
+    return await _trap("trap_get_current")
+class Kernel(kernel2.Kernel):
+    def __init__(self):
+        super().__init__()
+        self._traps["trap_get_current"] = lambda: self._current.__name__
+# exercise2
+from sweepea import clock, sleep
+async def every(seconds, corofunc):
+    deadline = await clock()
+    while True:
+        await corofunc()
+        deadline += seconds
+        await sleep(deadline - await clock())
+# exercise3
+from sweepea import Queue, spawn
+async def first(*coroutines):
+    results = Queue()
+    async def watch(coro):
+        await results.put(await coro)
+    tasks = [await spawn(watch(coro)) for coro in coroutines]
+    try:
+        return await results.get()
+    finally:
+        for task in tasks:
+            await task.cancel()
+# exercise4
+from sweepea import SchedBarrier
+class Barrier:
+    def __init__(self, n):
+        self.n, self.room = n, SchedBarrier()
+    async def wait(self):
+        if len(self.room) < self.n - 1:
+            await self.room.suspend()
+        else:
+            await self.room.wake()
+# exercise5
+from sweepea import Semaphore
+class Limiter:
+    def __init__(self, n):
+        self.permits = Semaphore(n)
+    async def run(self, corofunc, *args):
+        async with self.permits:
+            return await corofunc(*args)
+# exercise6
+import time
+import sweepea
+class Timing(sweepea.Task):
+    used = {}
+    def __init__(self, coro):
+        super().__init__(coro)
+        send = self.send
+        def timed(answer):
+            began = time.monotonic()
+            try:
+                return send(answer)
+            finally:
+                now = time.monotonic()
+                self.used[self.name] = self.used.get(self.name, 0) + now - began
+        self.send = timed
+class Timed(sweepea.Kernel):
+    def __init__(self):
+        super().__init__(taskcls=Timing)
+        self.used = Timing.used
+# exercise7
+import heapq
+import kernel7
+from kernel2 import _SUSPENDED, _trap
+class TaskCancelled(BaseException):
+    pass
+async def spawn(coro):
+    return await _trap("trap_spawn", coro)
+async def cancel(task):
+    await _trap("trap_cancel_task", task)
+class Kernel(kernel7.Kernel):
+    def __init__(self):
+        super().__init__()
+        self._traps["trap_cancel_task"] = self._trap_cancel_task
+    def _spawn(self, coro):
+        async def guarded():
+            try:
+                await coro
+            except TaskCancelled:
+                pass
+        task = guarded()
+        super()._spawn(task)
+        return task
+    def _trap_cancel_task(self, task):
+        if [entry for entry in self._timers if entry[2] is task]:
+            self._timers = [entry for entry in self._timers if entry[2] is not task]
+            heapq.heapify(self._timers)
+            self._schedule(task, TaskCancelled())
+# exercise8
+import uuid
+from concurrent.futures import Future
+import pika
+from sweepea import _future_wait
+class Requester:
+    def __init__(self, channel):
+        self.channel, self.answers = channel, {}
+    async def open(self):
+        frame = await self.channel.call("queue_declare", "", exclusive=True)
+        self.replies = frame.method.queue
+        await self.channel.call("basic_consume", self.replies, self.on_reply,
+                                auto_ack=True)
+    def on_reply(self, _channel, _method, properties, body):
+        self.answers.pop(properties.correlation_id).set_result(body)
+    async def request(self, queue, body):
+        ident = uuid.uuid4().hex
+        answer = self.answers[ident] = Future()
+        self.channel.pika.basic_publish("", queue, body, pika.BasicProperties(
+            reply_to=self.replies, correlation_id=ident))
+        return await _future_wait(answer)
+# exercise9
+import functools
+import threading
+from olive_app import job
+def once(function):
+    results, lock = {}, threading.Lock()
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        with lock:
+            if job().id not in results:
+                results[job().id] = function(*args, **kwargs)
+            return results[job().id]
+    return wrapper
+# exercise10
+from collections import OrderedDict, deque
+from sweepea import SchedFIFO, run_in_thread
+class FairPool:
+    def __init__(self, size):
+        self.free, self.rooms = size, OrderedDict()     # by who: those who wait
+    async def run(self, who, func, *args):
+        if self.free:
+            self.free -= 1
+        else:
+            await self.rooms.setdefault(who, SchedFIFO()).suspend()
+        try:
+            return await run_in_thread(func, *args)
+        finally:
+            for who in [who for who, room in self.rooms.items() if not len(room)]:
+                del self.rooms[who]
+            if self.rooms:
+                who, room = next(iter(self.rooms.items()))
+                self.rooms.move_to_end(who)
+                await room.wake(1)
+            else:
+                self.free += 1
+'''
+
+
+@pytest.mark.parametrize("number", range(1, 11))
+def test_an_exercise_of_the_walkthrough_can_be_done(number, client, tmp_path):
+    for name, program in PROGRAMS.items():
+        (tmp_path / name).write_text(program)
+    solutions = re.split(r"^# exercise\d+\n", SOLUTIONS, flags=re.M)
+    (tmp_path / f"exercise{number}.py").write_text(solutions[number])
+    done = python({**client.config, "PYTHONPATH": HOUSE, "OLIVE_TASKS": ""},
+                  tmp_path / f"ex{number}_test.py")
+    assert done.stdout == "ok\n", done.stderr
 
 
 # A coroutine function that is a test runs on a kernel of its own.
