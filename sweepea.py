@@ -1517,9 +1517,9 @@ class Channel(_Closable):
 
     # -- consuming: acknowledgements are gathered --------------------------------------
     #
-    # To send an acknowledgement is a system call for us and a wake-up for the broker:
-    # the largest cost by far of a message that is quickly done. But the broker takes
-    # one acknowledgement for "this tag and all before it" (`multiple`). So `basic_ack`
+    # Each acknowledgement is a frame that pika makes and work for the broker: a large
+    # part of what a message costs that is quickly done. But the broker takes one
+    # acknowledgement for "this tag and all before it" (`multiple`). So `basic_ack`
     # only notes the tag, and at the end of the turn few acknowledgements go out for
     # many messages:
     #
