@@ -228,6 +228,8 @@ class OliveOly:
 
     def _kind(self, registered: OliveTask) -> str:
         """Where the jobs of a task run: "coroutine", "thread" or "process"."""
+        if _is_coroutine(registered.function):
+            return "coroutine"
         return registered.worker or self.config.worker
 
     async def _run_coroutine(self, job: Job, info: JobInfo, limit) -> Outcome:
@@ -1047,13 +1049,14 @@ class OliveTask(NamedTuple):
     """A registered function and how it is to be run."""
 
     function: Callable
-    worker: str | None      # "coroutine", "thread", "process", or None: by the settings
+    worker: str | None      # "thread", "process", or None: the configuration's choice
     timeout: float | None   # seconds
     retries: int
     retry_delay: float      # seconds before the first retry; twice that before the next
 
 
 TASKS: dict[str, OliveTask] = {}
+_is_coroutine = functools.cache(inspect.iscoroutinefunction)    # asked at each message
 
 
 def task(name=None, worker=None, timeout=None, retries=0, retry_delay=1.0) -> Callable:
@@ -1074,8 +1077,7 @@ def task(name=None, worker=None, timeout=None, retries=0, retry_delay=1.0) -> Ca
         key = name or function.__name__
         if key in TASKS:
             raise ValueError(f"there are two tasks of the name {key!r}")
-        kind = "coroutine" if inspect.iscoroutinefunction(function) else worker
-        TASKS[key] = OliveTask(function, kind, timeout, retries, retry_delay)
+        TASKS[key] = OliveTask(function, worker, timeout, retries, retry_delay)
         return function
 
     if worker not in (None, "thread", "process"):
