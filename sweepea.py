@@ -2187,14 +2187,15 @@ class ProcessPool:
             error = await self._live()
             if error is None:
                 break
-        else:
-            for worker in self._workers:
-                worker.take_back(self._waiting)
-            if self._waiting:
-                text = f"no worker process can be started: {error!r}"
-                failure = WorkerStartError(text)
-                failure.__cause__ = error
-                self._waiting.popleft().end(None, failure)
+        # Calls that were given to other processes meanwhile may stand behind slow ones.
+        # They are waiting calls again, and `_feed` starts a process for these.
+        for worker in self._workers:
+            worker.take_back(self._waiting)
+        if error is not None and self._waiting:
+            text = f"no worker process can be started: {error!r}"
+            failure = WorkerStartError(text)
+            failure.__cause__ = error
+            self._waiting.popleft().end(None, failure)
         self._serving -= 1
         self._feed()
 

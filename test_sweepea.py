@@ -2064,6 +2064,21 @@ async def test_no_call_stands_behind_a_slow_one_while_a_process_is_idle(tmp_path
     assert pid not in {task.result[0] for task in tasks}
 
 
+async def test_no_call_stands_behind_a_slow_one_for_a_process_that_was_killed(tmp_path):
+    gate, slow, tasks, _ = await one_is_slow(tmp_path, 2)
+    for task in tasks:
+        await timeout_after(20, task.join)
+    hanging = await spawn(run_in_process, note, tmp_path / "hanging", gate)
+    await until((tmp_path / "hanging").exists)
+    behind = [await spawn(run_in_process, double, n) for n in range(4)]
+    await sleep(0)
+    await hanging.cancel()
+    assert [await timeout_after(20, task.join) for task in behind] == [0, 2, 4, 6]
+    assert not slow.terminated
+    gate.touch()
+    await slow.join()
+
+
 @pytest.mark.parametrize("how", ["kill", "cancel"])
 async def test_the_end_of_a_process_costs_the_call_alone_that_ran(how, tmp_path):
     gate, slow, tasks, _ = await one_is_slow(tmp_path, 1)
