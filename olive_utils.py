@@ -32,6 +32,7 @@ import textwrap
 import threading
 import time
 import uuid
+from collections import defaultdict
 from concurrent.futures import Future
 from contextlib import aclosing, closing, contextmanager, suppress
 from dataclasses import replace
@@ -72,7 +73,9 @@ TaskFailed, fail = olive_app.TaskFailed, olive_app.fail
 _lock = threading.Lock()                # for whoever makes the kernel
 _kernel: sweepea.Kernel | None = None
 _clients: dict[str, Client] = {}        # by settings; only the kernel's thread uses it
-_connecting = sweepea.Semaphore(1)      # one task at a time opens a Client
+# By settings, too: one task at a time opens a Client. A broker that does not answer
+# must hold up nobody who talks to another one.
+_connecting: dict[str, sweepea.Semaphore] = defaultdict(lambda: sweepea.Semaphore(1))
 
 
 def send_task(name, args=(), kwargs=None, *, config=None, **options) -> str:
@@ -141,7 +144,7 @@ async def _client(config: OliveAppConfig | None) -> Client:
     # Without a config the environment is looked at each time: it may have changed.
     key = repr(vars(config) if config else [
         item for item in os.environ.items() if "OLIVE_" in item[0]])
-    async with _connecting:
+    async with _connecting[key]:
         if key not in _clients:
             settings = config or OliveAppConfig.read(os.environ)
             _clients[key] = await Client.open(settings)
@@ -163,9 +166,10 @@ def _close() -> None:
 
 def _forget() -> None:
     """In a forked child there is no kernel's thread; the child starts its own."""
-    global _kernel, _lock, _connecting
-    _kernel, _lock, _connecting = None, threading.Lock(), sweepea.Semaphore(1)
+    global _kernel, _lock
+    _kernel, _lock = None, threading.Lock()
     _clients.clear()
+    _connecting.clear()
 
 
 atexit.register(_close)

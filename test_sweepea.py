@@ -35,7 +35,7 @@ import time
 import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, replace
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
@@ -3882,6 +3882,22 @@ def test_a_frozen_broker_holds_nobody_up(victim):
                 call_task("add", (2, 3), config=again, timeout=0.5)
     finally:
         os.kill(victim.process.pid, signal.SIGCONT)
+
+
+def test_a_broker_that_does_not_answer_holds_up_no_other(live):
+    config = OliveAppConfig.from_env(live.config)
+    with socket.create_server(("127.0.0.1", 0)) as mute, ThreadPoolExecutor(1) as pool:
+        url = f"amqp://127.0.0.1:{mute.getsockname()[1]}"
+        unanswered = pool.submit(send_task, "add", config=OliveAppConfig(url=url))
+        theirs, _ = mute.accept()
+        with theirs:
+            assert call_task("add", (2, 3), config=config, timeout=5) == 5
+            other = replace(config, grace=config.grace + 1)     # a new connection
+            assert call_task("add", (2, 3), config=other, timeout=5) == 5
+            assert not unanswered.done()
+        mute.close()
+        with pytest.raises(pika.exceptions.AMQPError):
+            unanswered.result()
 
 
 def test_a_blocked_broker_holds_nobody_up_for_ever(victim, monkeypatch):
