@@ -134,9 +134,10 @@ def _start_kernel() -> sweepea.Kernel:
     global _kernel
     with _lock:
         if _kernel is None:
-            _kernel = sweepea.Kernel()
-            threading.Thread(target=_kernel.run, args=(sweepea.sleep, 1e9), daemon=True,
+            kernel = sweepea.Kernel()
+            threading.Thread(target=kernel.run, args=(sweepea.sleep, 1e9), daemon=True,
                              name="olive sender").start()
+            _kernel = kernel    # Only now: the system may have no thread to give.
         return _kernel
 
 

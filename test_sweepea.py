@@ -3872,6 +3872,21 @@ def test_a_connection_of_a_program_that_is_lost_comes_back(victim, tmp_path):
         app.stop()
 
 
+def test_a_program_that_gets_no_thread_can_try_again(live):
+    program = """
+import threading
+from olive_utils import call_task
+normal = threading.stack_size(1 << 45)      # No system has so much memory.
+try:
+    call_task("add", [2, 3])
+except RuntimeError:
+    threading.stack_size(normal)
+    print(call_task("add", [2, 3]))
+"""
+    done = python(live.config, "-c", program, timeout=20)
+    assert (done.returncode, done.stdout) == (0, "5\n"), done.stderr
+
+
 def test_a_frozen_broker_holds_nobody_up(victim):
     config = OliveAppConfig(url=victim.url, queue="cold.q", routing_key="cold.k")
     send_task("add", (2, 3), config=config)
