@@ -1592,8 +1592,13 @@ class Client:
         answer = self._answers.pop(properties.correlation_id, None)
         if answer is not None and not answer.done():    # somebody still waits for it
             try:
-                answer.set_result(from_json(body.decode()))
-            except (ValueError, RecursionError) as exc:
+                reply = from_json(body.decode())
+                # A worker of Celery's tells of its start and of each retry, too.
+                if reply["status"] in ("STARTED", "RETRY"):
+                    self._answers[properties.correlation_id] = answer
+                else:
+                    answer.set_result(reply)
+            except (ValueError, RecursionError, TypeError, KeyError) as exc:
                 answer.set_exception(exc)
         channel.basic_ack(method.delivery_tag)
 

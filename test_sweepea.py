@@ -3945,6 +3945,23 @@ def test_a_full_queue_is_told_as_such(client):
         f"olive: the broker does not take the message: {client.queue} is full\n")
 
 
+def test_a_celery_worker_tells_of_its_start_and_of_retries_before_the_end(client):
+    client.channel.queue_declare(client.queue, durable=True, arguments={
+        "x-queue-type": "quorum"})
+    config = OliveAppConfig.from_env(client.config)
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(call_task, "add", (2, 3), config=config)
+        properties, _ = client.get(client.queue)
+        # These are the replies of Celery 5.7, less their tracebacks and dates.
+        for status, value in [("STARTED", {"pid": 1, "hostname": "celery@host"}),
+                              ("RETRY", None), ("SUCCESS", 5)]:
+            reply = {"status": status, "result": value, "traceback": None}
+            client.channel.basic_publish(
+                "", properties.reply_to, json.dumps(reply).encode(),
+                pika.BasicProperties(correlation_id=properties.correlation_id))
+        assert result.result() == 5
+
+
 def test_what_is_sent_before_the_app_ever_ran_waits_for_it(client):
     argv = "olive_utils.py", "add", "2", "3"
     sender = subprocess.Popen(**program(client.config, *argv), stderr=subprocess.PIPE)
