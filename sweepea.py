@@ -1625,7 +1625,12 @@ class Link:
         connection = await Connection.open(self._urls)
         try:
             channel = await connection.channel()
-            await self._on_connect(connection, channel)
+            # A queue that has no leader just now answers nothing, for ever, on a
+            # connection that is well. Another attempt finds out when it has one.
+            async with ignore_after(MAX_BACKOFF) as timer:
+                await self._on_connect(connection, channel)
+            if timer.expired:
+                raise AMQPConnectionError(f"no answer within {MAX_BACKOFF:g} s")
             log.log(logging.WARNING if self.ever_up else logging.INFO, "%s to %s:%d",
                     "reconnected" if self.ever_up else "connected",
                     connection.pika.params.host, connection.pika.params.port)

@@ -1921,6 +1921,20 @@ async def test_a_thousand_busy_coroutines_starve_no_heartbeat(broker):
     await connection.close()
 
 
+async def test_a_broker_that_does_not_answer_is_asked_again(broker, monkeypatch):
+    async def on_connect(_connection, _channel):
+        tries.append("asked")
+        if len(tries) == 1:
+            await forever()
+
+    monkeypatch.setattr(sweepea, "MAX_BACKOFF", 0.3)
+    tries, link = [], sweepea.Link([broker.url], on_connect)
+    task = await spawn(link.run)
+    await timeout_after(20, link.up.wait)
+    assert len(tries) == 2
+    await task.cancel()
+
+
 # =====================================================================================
 # 8. Workers
 # =====================================================================================
