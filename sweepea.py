@@ -2189,7 +2189,7 @@ class ProcessPool:
         """Have a process, from its start to its end. It has three tries to start."""
         for pause in 0, 0.5, 2.0:
             await sleep(pause)
-            error = await self._live()
+            error = await self._run_worker()
             if error is None:
                 break
         # Calls that were given to other processes meanwhile may stand behind slow ones.
@@ -2204,7 +2204,7 @@ class ProcessPool:
         self._serving -= 1
         self._feed()
 
-    async def _live(self) -> BaseException | None:
+    async def _run_worker(self) -> BaseException | None:
         """Start a process, and pass on what it answers, as long as it lives. Return
         None then; or else the error that kept it from starting."""
         try:
