@@ -638,12 +638,14 @@ def ignore_after(seconds: float | None, corofunc=None, *args,
 #     |      for a file)     woke a task)             ends in time)                   |
 #     +-------------------------------------------------------------------------------+
 #
-# A turn runs what is ready, and what becomes ready thereby, for a millisecond at most
-# (`SLICE`). Tasks can make each other ready without end; without that limit pika would
-# never read a socket again, and the broker would think us dead. The clock is looked at
-# after each task, so the last task of a turn can overrun the millisecond, and a task
-# that computes without ever waiting blocks everything, as it does in every event loop.
-# The kernel can only say afterwards which task it was (`BLOCKED`).
+# A turn runs what is ready, and what becomes ready thereby, for half a millisecond at
+# most (`SLICE`). Tasks can make each other ready without end; without that limit pika
+# would never read a socket again, and the broker would think us dead. Nor may a turn
+# be long because what it acknowledges goes out at its end, and the broker should have
+# new messages under way while we still work on the old ones. The clock is looked at
+# after each task, so the last task of a turn can overrun that time, and a task that
+# computes without ever waiting blocks everything, as it does in every event loop. The
+# kernel can only say afterwards which task it was (`BLOCKED`).
 #
 # Three rules keep all this free of locks. One thread alone touches the kernel, the one
 # that is in `run`; another thread may only complete a future, or have the kernel's
@@ -653,7 +655,7 @@ def ignore_after(seconds: float | None, corofunc=None, *args,
 # (`_at_turn_end`).
 # =====================================================================================
 
-SLICE = 0.001           # seconds after which no further task is begun in a turn
+SLICE = 0.0005          # seconds after which no further task is begun in a turn
 BLOCKED = 0.5           # seconds; a task that runs longer without waiting is logged
 SHUTDOWN_GRACE = 2.0    # seconds that a cancelled task has, at shutdown, to go
 
