@@ -2033,6 +2033,7 @@ class _Worker:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             theirs.close()
+        self.place = f"process {self.process.pid}"
 
     def give(self, call: ProcessCall) -> bool:
         """Give the process a call, for now or for later; False if there is no room."""
@@ -2060,7 +2061,7 @@ class _Worker:
         """The process begins its first call, if any, as far as we know here."""
         if self.calls:
             call = self.calls[0]
-            call.began, call.place = time.monotonic(), f"process {self.process.pid}"
+            call.began, call.place = time.monotonic(), self.place
 
     def take_back(self, waiting: deque[ProcessCall]) -> None:
         """Take back what the process has not begun, to the front of what waits."""
