@@ -46,6 +46,7 @@ import argparse
 import base64
 import copy
 import functools
+import gc
 import importlib
 import inspect
 import json
@@ -184,16 +185,17 @@ class OliveOly:
                 if outcome.status != "done":
                     return await self._retry_or_bury(job, outcome)
                 if outcome.exc_type:    # the job is done, but its result cannot be sent
-                    log.warning("%s: %s", job.label, _shown(outcome.text))
+                    log.warning("%s: %s", job, _shown(outcome.text))
                 await self._reply_and_ack(job, outcome.reply)
         except Exception as exc:        # a fault of ours must not hold the message
-            log.exception("%s: a fault of the app", job.label)
+            log.exception("%s: a fault of the app", job)
             await self._bury(job, _failure("failed", None, exc))
         except sweepea.TaskCancelled:   # let go, or cut short by the end of the app
             self._note_end(job, "cut short")
             raise
         finally:
             self._in_hand.discard(job)
+            job.kernel_task = None      # Task, context and job would hold each other.
 
     async def _run(self, job: Job) -> Outcome:
         """Run the job where it belongs: on the kernel, in a thread, in a process."""
@@ -202,17 +204,18 @@ class OliveOly:
         limits = [limit for limit in (registered.timeout, job.limit) if limit]
         limit = min(limits, default=self.config.task_timeout)
         info = JobInfo(job.id, job.task, job.retries, job.headers.get("x-olive-sent"))
+        what = info, job.body, job.properties.reply_to
         try:
             if kind == "coroutine":
-                return await self._run_coroutine(job, info, limit)
+                return await self._run_coroutine(job, what, limit)
             if kind == "process":
-                return await self._run_in_process(job, info, limit)
+                return await self._run_in_process(job, what, limit)
             if job.isolated:    # a job for a thread, but see "a message that kills us"
-                outcome = await self._run_in_process(job, info, limit)
+                outcome = await self._run_in_process(job, what, limit)
                 if outcome.status != "unknown-task":
                     return outcome
-            call = sweepea.Call(self._threads, _execute, (info, job.body), limit)
-            job.worker_call, call.name = call, job.label
+            call = sweepea.Call(self._threads, _execute, what, limit)
+            job.worker_call, call.name = call, job
             return await call.run()
         except TimeoutError:
             return _failure("timeout", job.id, TimeLimitExceeded(f"{limit:g} s"))
@@ -232,13 +235,13 @@ class OliveOly:
             return "coroutine"
         return registered.worker or self.config.worker
 
-    async def _run_coroutine(self, job: Job, info: JobInfo, limit) -> Outcome:
+    async def _run_coroutine(self, job: Job, what: tuple, limit) -> Outcome:
         """Run a job on the kernel; raises TimeoutError after `limit` seconds."""
         self._begin(job)
         job.at("coroutine")
-        job.kernel_task.name = job.label    # a task that blocks the loop is named
+        job.kernel_task.name = job      # so a task that blocks the loop is named
         if limit is None:
-            outcome = await _perform(info, job.body)
+            outcome = await _perform(*what)
             # `_perform` makes a failure even of a cancellation. If the app cancelled
             # the job, that is raised again: a stop must not count as a failed try.
             if job.kernel_task.cancelled:
@@ -246,8 +249,8 @@ class OliveOly:
             return outcome
         # A coroutine may swallow its cancellation. So it runs in a task of its own, and
         # its message need not wait for it.
-        child = await spawn(_perform(info, job.body))
-        child.name = job.label
+        child = await spawn(_perform(*what))
+        child.name = job
         try:
             await ignore_after(limit, child.wait())
             if child.terminated:
@@ -256,10 +259,10 @@ class OliveOly:
         finally:
             await child.cancel(blocking=False)
 
-    async def _run_in_process(self, job: Job, info: JobInfo, limit) -> Outcome:
+    async def _run_in_process(self, job: Job, what: tuple, limit) -> Outcome:
         """Run a job in a worker process, as soon as one is free."""
-        what = _module(TASKS[job.task]), info, job.body
-        call = sweepea.ProcessCall(self._processes, _execute_in_child, what, limit)
+        call = sweepea.ProcessCall(self._processes, _execute_in_child,
+                                   (_module(TASKS[job.task]), *what), limit)
         job.worker_call = call
         return await call.run()
 
@@ -324,7 +327,7 @@ class OliveOly:
             # There is no reply, for even that may be what kills us.
             returned = _failure("returned", None, error)._replace(reply=b"")
             return await self._bury(job, returned)
-        now = datetime.now(timezone.utc)
+        now = (job.expires or job.eta) and datetime.now(timezone.utc)
         if job.expires and now > job.expires:
             text = "expired"
             if job.retries:     # what went wrong before must not be lost
@@ -332,7 +335,7 @@ class OliveOly:
             late = _failure("failed", job.id, TaskRevokedError(text), "REVOKED")
             if job.retries:
                 return await self._bury(job, late)
-            log.info("%s has expired", job.label)
+            log.info("%s has expired", job)
             return await self._reply_and_ack(job, late.reply)
         wait = (job.eta - now).total_seconds() if job.eta else 0
         if wait >= 1:
@@ -356,7 +359,7 @@ class OliveOly:
             "x-olive-when": datetime.now(timezone.utc).isoformat(timespec="seconds")})
         if is_dead:                     # or else the message is somebody else's now
             self._totals["dead"] += 1
-            log.warning("%s is dead (%s): %s: %s%s", job.label, reason, exc_type,
+            log.warning("%s is dead (%s): %s: %s%s", job, reason, exc_type,
                         _shown(text), _shown_lines(trace))
 
     async def _move(self, job: Job, exchange, key, reply=None, **changes) -> bool:
@@ -428,7 +431,7 @@ class OliveOly:
         is_late = job.expires is not None and eta > job.expires
         if not may_retry or job.retries >= retries or is_late:
             return await self._bury(job, outcome)
-        log.info("%s: %s: %s; try %d of %d in %.1f s", job.label, outcome.exc_type,
+        log.info("%s: %s: %s; try %d of %d in %.1f s", job, outcome.exc_type,
                  _shown(outcome.text), job.retries + 2, retries + 1, pause)
         self._totals["retried"] += 1
         self._trace.add("i", "retry", s="p", args={"task": job.task, "id": job.id})
@@ -668,6 +671,10 @@ class OliveOly:
         if sweepea.in_worker():
             return
         set_up_log(self.config.log_level)
+        # A window of messages is thousands of objects, none of them in a cycle. Python
+        # would look for cycles each time that there are 700 objects more than before,
+        # which would take a fifth of our time.
+        gc.set_threshold(10_000)
         with sweepea.signals(signal.SIGTERM, signal.SIGINT, signal.SIGHUP,
                              signal.SIGUSR1) as incoming:
             stops = [number for number in incoming.numbers if number != signal.SIGUSR1]
@@ -711,7 +718,7 @@ class OliveOly:
         await ignore_after(config.grace, self._finish)
         for job in self._in_hand:       # The end of the connection gives these back.
             if job.delivery is not None:
-                log.warning("given back, as it did not end in time: %s", job.label)
+                log.warning("given back, as it did not end in time: %s", job)
         self.client.forget_replies()
         await connecting.cancel()
         if self._link.ever_up:
@@ -791,13 +798,13 @@ class OliveOly:
             await self._let_go_unless_begun(job)
         while self._in_hand:
             running = self._in_hand.difference(*self._callers.values())
-            job = next(iter(running or self._in_hand))
+            end_of_one = next(iter(running or self._in_hand)).kernel_task.wait
             # Now only callers are left. If nobody takes what they call, they wait in
             # vain, and are let go.
             if not running and not await self._is_answered():
                 for caller in list(self._in_hand):
                     await self._let_go(caller)
-            await ignore_after(0.5, job.kernel_task.wait)
+            await ignore_after(0.5, end_of_one)
 
     async def _is_answered(self) -> bool:
         """Whether another app takes what is called."""
@@ -830,7 +837,7 @@ class OliveOly:
             # A call in a worker has noted its end, of which the kernel learns later.
             ended = getattr(job.worker_call, "ended", None) or time.monotonic()
             if not place.startswith("waits"):       # else there is no run to show
-                log.debug("%s: %s in %.3f s", job.label, status, ended - began)
+                log.debug("%s: %s in %.3f s", job, status, ended - began)
                 self._trace.slice(job, place, began, ended, status)
                 self._trace.count(len(self._in_hand))
         job.worker_call = None
@@ -1290,13 +1297,14 @@ def _decode(body: bytes) -> tuple[list, dict]:
         asked = from_json(body.decode())
     except RecursionError:
         raise ValueError("the body is nested too deeply") from None
-    match asked:
-        case [list(args), dict(kwargs), dict() | None as embed]:
-            for key in "chain", "chord", "callbacks", "errbacks":
-                if embed and embed.get(key):
-                    raise Unsupported(f"{key} is not supported: {INSTEAD}")
-            return args, kwargs
-    raise ValueError("the body is not [args, kwargs, embed]")
+    kinds = [type(part) for part in asked] if isinstance(asked, list) else None
+    if kinds != [list, dict, dict] and kinds != [list, dict, type(None)]:
+        raise ValueError("the body is not [args, kwargs, embed]")
+    args, kwargs, embed = asked
+    for key in "chain", "chord", "callbacks", "errbacks":
+        if embed and embed.get(key):
+            raise Unsupported(f"{key} is not supported: {INSTEAD}")
+    return args, kwargs
 
 
 def _reply(ident: str | None, status: str, result: Any, trace: str | None) -> bytes:
@@ -1328,7 +1336,7 @@ def _clean(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-async def _perform(info: JobInfo, body: bytes) -> Outcome:
+async def _perform(info: JobInfo, body: bytes, reply_to: str | None) -> Outcome:
     """Run the job of a message, and say what came of it, whatever that is.
 
     Nothing that a task raises leaves this function: neither may an exception take a
@@ -1353,6 +1361,8 @@ async def _perform(info: JobInfo, body: bytes) -> Outcome:
         is_misfit = isinstance(exc, TypeError) and frames is None
         reason = "malformed" if is_misfit else "failed"
         return _failure(reason, ident, exc.with_traceback(frames))
+    if result is None and not reply_to:     # A reply would say nothing to nobody.
+        return Outcome("done", b"")
     try:
         reply = _reply(ident, "SUCCESS", result, None)
         if len(reply) > MAX_RESULT:
@@ -1374,7 +1384,7 @@ def _execute(*what) -> Outcome:
     raise RuntimeError("a task that is no coroutine function returned a coroutine")
 
 
-def _execute_in_child(module: str, info: JobInfo, body: bytes) -> Outcome:
+def _execute_in_child(module: str, info: JobInfo, *rest) -> Outcome:
     """Perform a job in a worker process, which knows a task by the module that defines
     it. A module that is imported there may lack the task, which was defined under the
     guard `if __name__ == "__main__":`, say, or in no file at all."""
@@ -1384,7 +1394,7 @@ def _execute_in_child(module: str, info: JobInfo, body: bytes) -> Outcome:
         return _failure("unknown-task", info.id, NotRegistered(
             f"a worker process imports {module} and finds no task {info.name} there: "
             "define it at the top level of a module, and not under `if __name__ ...`"))
-    return _execute(info, body)
+    return _execute(info, *rest)
 
 
 # =====================================================================================
@@ -1742,7 +1752,7 @@ class Job:
                         be done twice if the job were let go
         worker_call     the call, of a job for a worker: the call alone knows whether
                         such a job has begun
-        kernel_task     the task that lives the message's life; set once
+        kernel_task     the task that lives the message's life, as long as it does
         place           where the job is, and since when: for people
 
     What becomes of a job, while the channel of its delivery is open and after that:
@@ -1764,9 +1774,13 @@ class Job:
         self.worker_call = self.kernel_task = None
         self.place = "waits for a worker", time.monotonic()
         self.headers = properties.headers or {}
-        self.label = "?"                # for the log, until the headers are read
         self.times_back = 0             # how often the message has come back
         self.isolated = bool(self.headers.get("x-olive-isolated"))  # it may kill us
+
+    def __repr__(self) -> str:
+        """The job as the log names it."""
+        ident = self.headers.get("id") or self.properties.correlation_id
+        return f"{_shown(self.headers.get('task'))}[{_shown(str(ident))[1:-1]}]"
 
     @property
     def key(self) -> tuple:
@@ -1826,7 +1840,6 @@ class Job:
         self.retries = headers.get("retries") or 0
         if type(self.retries) is not int or self.retries < 0:
             raise ValueError("the header 'retries' is not a count")
-        self.label = f"{_shown(self.task)}[{_shown(self.id)[1:-1]}]"
 
 
 def republished(properties, **changes: Any) -> pika.BasicProperties:
