@@ -20,6 +20,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 
 import argparse
 import atexit
+import gc
 import json
 import logging
 import math
@@ -32,7 +33,7 @@ import textwrap
 import threading
 import time
 import uuid
-from collections import defaultdict
+from collections import defaultdict, deque
 from concurrent.futures import Future
 from contextlib import aclosing, closing, contextmanager, suppress
 from dataclasses import replace
@@ -180,28 +181,19 @@ os.register_at_fork(after_in_child=_forget)
 # -- many messages ---------------------------------------------------------------------
 #
 # Without a limit, a million messages would be a million tasks that wait, of some
-# kilobytes each. So there are three kinds of tasks, and this goes between them:
+# kilobytes each. So there are never more than LIMIT under way, each in a task of its
+# own. When half of them are done, new ones fill up the rest. Were a new one sent as
+# soon as one is done, it would cost a round of the loop and a packet of its own.
 #
-#     _send_all ---spawns---> _send_one, for each message
-#         ^                      |      |
-#         +------a permit--------+      +---(outcome, milliseconds)---> _send_many
-#
-# This is the pattern of a limit: a permit is acquired by the task that makes the others
-# and released by each of these when it is done. So never more than LIMIT messages are
-# under way, whatever --count is, and the next one goes out as soon as any is done.
+#     _send_many ---spawns---> _send_one, for each message
+#         ^                       |
+#         +--(outcome, milliseconds)
 
 LIMIT = 2000
 CLEAR = "\r\x1b[K"      # tells a terminal to empty the line that the cursor is in
 
 
-async def _send_all(client: Client, options, outcomes: sweepea.Queue) -> None:
-    permits = sweepea.Semaphore(LIMIT)
-    for _ in range(options.count):
-        await permits.acquire()
-        await sweepea.spawn(_send_one, client, options, outcomes, permits)
-
-
-async def _send_one(client: Client, options, outcomes, permits) -> None:
+async def _send_one(client: Client, options, outcomes: deque, room) -> None:
     do = client.send if options.no_wait else client.call
     began = time.monotonic()
     try:
@@ -211,8 +203,8 @@ async def _send_one(client: Client, options, outcomes, permits) -> None:
             priority=options.priority)
     except Exception as exc:
         outcome = exc   # Nobody awaits this task, so an error goes the way of a result.
-    await outcomes.put((outcome, 1000 * (time.monotonic() - began)))
-    await permits.release()
+    outcomes.append((outcome, 1000 * (time.monotonic() - began)))
+    await room.wake()
 
 
 async def _soon(coroutine, timeout: float, what: str):
@@ -228,12 +220,19 @@ async def _send_many(client: Client, options: argparse.Namespace) -> int:
     """Send the messages, print what comes back as it comes; return the exit status."""
     if client.consumers == 0 and not options.no_wait:
         print(f"no app listens on {client.config.queue} yet; waiting", file=sys.stderr)
-    screen, outcomes = _Screen(options), sweepea.Queue()
-    tasks = [await sweepea.spawn(_send_all, client, options, outcomes),
-             await sweepea.spawn(screen.keep_drawing)]
+    screen, outcomes, room = _Screen(options), deque(), sweepea.SchedBarrier()
+    drawing, sent = await sweepea.spawn(screen.keep_drawing), 0
+    gc.set_threshold(10_000)        # as the app does, and for the same reason
     try:
-        while len(screen.latencies) < options.count:
-            outcome, latency = await _soon(outcomes.get(), options.timeout, "answer")
+        while (done := len(screen.latencies)) < options.count:
+            if sent - done <= LIMIT // 2:
+                more = min(LIMIT + done, options.count) - sent
+                for _ in range(more):
+                    await sweepea.spawn(_send_one, client, options, outcomes, room)
+                sent += more
+            while not outcomes:
+                await _soon(room.suspend(), options.timeout, "answer")
+            outcome, latency = outcomes.popleft()
             if isinstance(outcome, Exception) and not isinstance(outcome, TaskFailed):
                 # If nothing came back, there is nothing to tell but what is wrong.
                 screen.quiet = screen.quiet or not screen.latencies
@@ -246,8 +245,7 @@ async def _send_many(client: Client, options: argparse.Namespace) -> int:
                 result = outcome if options.no_wait else olive_app.to_json(outcome)
                 screen.show(result, sys.stdout)
     finally:        # after Ctrl-C, and when no answer came in time, too
-        for task in tasks:
-            await task.cancel()
+        await drawing.cancel()
         screen.end()
     return 1 if screen.failed else 0
 
