@@ -67,7 +67,7 @@ logging.getLogger("pika").setLevel(logging.CRITICAL)
 
 # The module of tasks that apps under test load; what they do goes to the file RECORD.
 TASKS = '''
-import ctypes, itertools, logging, os, resource, signal, threading, time
+import ctypes, gc, itertools, logging, os, resource, signal, threading, time
 import sweepea
 from olive_app import TaskFailed, call, job, send, task
 
@@ -167,6 +167,9 @@ async def stubborn():
         try: await sweepea.sleep(3600)
         except GeneratorExit: raise
         except BaseException: pass
+
+@task
+async def garbage(): return gc.collect()
 
 @task
 async def blocks(seconds=0.7):
@@ -3152,6 +3155,20 @@ def test_a_coroutine_that_blocks_is_named_in_the_log(live):
     assert live.reply()["status"] == "SUCCESS"
     line = next(line for line in live.app.lines if "without waiting" in line)
     assert f"'blocks'[{ident}]" in line
+
+
+@KINDS
+def test_what_is_settled_holds_on_to_nothing(live, name):
+    # (in a cycle of references it would stay until Python searches for cycles)
+    def cycles():
+        live.send("garbage", [])
+        return live.reply()["result"]
+
+    cycles()
+    for i in range(100):
+        live.send(name, ["return", i])
+    assert sorted(live.reply()["result"] for _ in range(100)) == list(range(100))
+    assert cycles() < 100
 
 
 def test_a_name_cannot_forge_a_line_of_the_log(live):
