@@ -195,7 +195,7 @@ class OliveOly:
             raise
         finally:
             self._in_hand.discard(job)
-            job.kernel_task = None      # Task, context and job would hold each other.
+            job.kernel_task = None      # or task, context and job hold each other
 
     async def _run(self, job: Job) -> Outcome:
         """Run the job where it belongs: on the kernel, in a thread, in a process."""
@@ -239,7 +239,7 @@ class OliveOly:
         """Run a job on the kernel; raises TimeoutError after `limit` seconds."""
         self._begin(job)
         job.at("coroutine")
-        job.kernel_task.name = job      # so a task that blocks the loop is named
+        job.kernel_task.name = str(job)     # a task that blocks the loop is named
         if limit is None:
             outcome = await _perform(*what)
             # `_perform` makes a failure even of a cancellation. If the app cancelled
@@ -250,7 +250,7 @@ class OliveOly:
         # A coroutine may swallow its cancellation. So it runs in a task of its own, and
         # its message need not wait for it.
         child = await spawn(_perform(*what))
-        child.name = job
+        child.name = str(job)
         try:
             await ignore_after(limit, child.wait())
             if child.terminated:
@@ -327,7 +327,7 @@ class OliveOly:
             # There is no reply, for even that may be what kills us.
             returned = _failure("returned", None, error)._replace(reply=b"")
             return await self._bury(job, returned)
-        now = (job.expires or job.eta) and datetime.now(timezone.utc)
+        now = datetime.now(timezone.utc) if job.expires or job.eta else None
         if job.expires and now > job.expires:
             text = "expired"
             if job.retries:     # what went wrong before must not be lost
@@ -673,8 +673,9 @@ class OliveOly:
         set_up_log(self.config.log_level)
         # A window of messages is thousands of objects, none of them in a cycle. Python
         # would look for cycles each time that there are 700 objects more than before,
-        # which would take a fifth of our time.
-        gc.set_threshold(10_000)
+        # or 2,000, and that would take a fifth of our time.
+        if 0 < gc.get_threshold()[0] < 10_000:      # else somebody has decided that
+            gc.set_threshold(10_000)
         with sweepea.signals(signal.SIGTERM, signal.SIGINT, signal.SIGHUP,
                              signal.SIGUSR1) as incoming:
             stops = [number for number in incoming.numbers if number != signal.SIGUSR1]
@@ -1357,11 +1358,10 @@ async def _perform(info: JobInfo, body: bytes, reply_to: str | None) -> Outcome:
     except BaseException as exc:    # SystemExit and KeyboardInterrupt as well
         # The first frame of the traceback is the one above; the next is the task's. If
         # there is none, the arguments do not fit, and will not do so next time.
-        frames = exc.__traceback__.tb_next
-        is_misfit = isinstance(exc, TypeError) and frames is None
-        reason = "malformed" if is_misfit else "failed"
-        return _failure(reason, ident, exc.with_traceback(frames))
-    if result is None and not reply_to:     # A reply would say nothing to nobody.
+        exc.__traceback__ = exc.__traceback__.tb_next
+        is_misfit = isinstance(exc, TypeError) and exc.__traceback__ is None
+        return _failure("malformed" if is_misfit else "failed", ident, exc)
+    if result is None and not reply_to:     # the common case: there is nothing to say
         return Outcome("done", b"")
     try:
         reply = _reply(ident, "SUCCESS", result, None)
@@ -1752,7 +1752,7 @@ class Job:
                         be done twice if the job were let go
         worker_call     the call, of a job for a worker: the call alone knows whether
                         such a job has begun
-        kernel_task     the task that lives the message's life, as long as it does
+        kernel_task     the task that lives the message's life; None after that
         place           where the job is, and since when: for people
 
     What becomes of a job, while the channel of its delivery is open and after that:
@@ -1779,8 +1779,8 @@ class Job:
 
     def __repr__(self) -> str:
         """The job as the log names it."""
-        ident = self.headers.get("id") or self.properties.correlation_id
-        return f"{_shown(self.headers.get('task'))}[{_shown(str(ident))[1:-1]}]"
+        ident = _shown(self.headers.get("id") or self.properties.correlation_id)
+        return f"{_shown(self.headers.get('task'))}[{ident.strip(chr(39))}]"
 
     @property
     def key(self) -> tuple:
@@ -1875,7 +1875,10 @@ def _fits(properties: pika.BasicProperties) -> bool:
 
 def _shown(text: Any) -> str:
     """Text from the wire for the log: no control characters, not too long."""
-    return repr(text)[:200]
+    try:
+        return repr(text)[:200]
+    except RecursionError:
+        return "(nested too deeply)"
 
 
 def _shown_lines(trace: str) -> str:

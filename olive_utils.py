@@ -182,14 +182,14 @@ os.register_at_fork(after_in_child=_forget)
 #
 # Without a limit, a million messages would be a million tasks that wait, of some
 # kilobytes each. So there are never more than LIMIT under way, each in a task of its
-# own. When half of them are done, new ones fill up the rest. Were a new one sent as
+# own. When BURST of them are done, new ones take their places. Were a new one sent as
 # soon as one is done, it would cost a round of the loop and a packet of its own.
 #
 #     _send_many ---spawns---> _send_one, for each message
 #         ^                       |
 #         +--(outcome, milliseconds)
 
-LIMIT = 2000
+LIMIT, BURST = 2000, 500
 CLEAR = "\r\x1b[K"      # tells a terminal to empty the line that the cursor is in
 
 
@@ -222,10 +222,10 @@ async def _send_many(client: Client, options: argparse.Namespace) -> int:
         print(f"no app listens on {client.config.queue} yet; waiting", file=sys.stderr)
     screen, outcomes, room = _Screen(options), deque(), sweepea.SchedBarrier()
     drawing, sent = await sweepea.spawn(screen.keep_drawing), 0
-    gc.set_threshold(10_000)        # as the app does, and for the same reason
+    gc.set_threshold(10_000)        # for the same reason as in OliveOly.start
     try:
         while (done := len(screen.latencies)) < options.count:
-            if sent - done <= LIMIT // 2:
+            if sent - done <= LIMIT - BURST:
                 more = min(LIMIT + done, options.count) - sent
                 for _ in range(more):
                     await sweepea.spawn(_send_one, client, options, outcomes, room)

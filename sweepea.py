@@ -641,7 +641,7 @@ def ignore_after(seconds: float | None, corofunc=None, *args,
 # A turn runs what is ready, and what becomes ready thereby, for half a millisecond at
 # most (`SLICE`). Tasks can make each other ready without end; without that limit pika
 # would never read a socket again, and the broker would think us dead. Nor may a turn
-# be long because what it acknowledges goes out at its end, and the broker should have
+# be long, because what it acknowledges goes out at its end, and the broker should have
 # new messages under way while we still work on the old ones. The clock is looked at
 # after each task, so the last task of a turn can overrun that time, and a task that
 # computes without ever waiting blocks everything, as it does in every event loop. The

@@ -3167,7 +3167,11 @@ def test_what_is_settled_holds_on_to_nothing(live, name):
     cycles()
     for i in range(100):
         live.send(name, ["return", i])
-    assert sorted(live.reply()["result"] for _ in range(100)) == list(range(100))
+        live.send(name, ["raise", "error"])
+    replies = [live.reply()["status"] for _ in range(200)]
+    assert sorted(replies) == 100 * ["FAILURE"] + 100 * ["SUCCESS"]
+    for _ in range(100):
+        buried(live, "failed")
     assert cycles() < 100
 
 
