@@ -1780,7 +1780,7 @@ class Job:
     def __repr__(self) -> str:
         """The job as the log names it."""
         ident = _shown(self.headers.get("id") or self.properties.correlation_id)
-        return f"{_shown(self.headers.get('task'))}[{ident.strip(chr(39))}]"
+        return _shown(self.headers.get("task")) + "[" + ident.strip("'") + "]"
 
     @property
     def key(self) -> tuple:
