@@ -204,7 +204,7 @@ class OliveOly:
         limits = [limit for limit in (registered.timeout, job.limit) if limit]
         limit = min(limits, default=self.config.task_timeout)
         info = JobInfo(job.id, job.task, job.retries, job.headers.get("x-olive-sent"))
-        what = info, job.body, job.properties.reply_to
+        what = info, job.body, job.properties.reply_to      # what `_perform` takes
         try:
             if kind == "coroutine":
                 return await self._run_coroutine(job, what, limit)
@@ -671,9 +671,9 @@ class OliveOly:
         if sweepea.in_worker():
             return
         set_up_log(self.config.log_level)
-        # A window of messages is thousands of objects, none of them in a cycle. Python
-        # would look for cycles each time that there are 700 objects more than before,
-        # or 2,000, and that would take a fifth of our time.
+        # A window of messages is thousands of objects, none of them in a cycle of
+        # references. Python would look for such cycles each time that there are 700
+        # objects more than before, or 2,000, which would take a fifth of our time.
         if 0 < gc.get_threshold()[0] < 10_000:      # else somebody has decided that
             gc.set_threshold(10_000)
         with sweepea.signals(signal.SIGTERM, signal.SIGINT, signal.SIGHUP,
@@ -1384,7 +1384,7 @@ def _execute(*what) -> Outcome:
     raise RuntimeError("a task that is no coroutine function returned a coroutine")
 
 
-def _execute_in_child(module: str, info: JobInfo, *rest) -> Outcome:
+def _execute_in_child(module: str, info: JobInfo, body: bytes, reply_to) -> Outcome:
     """Perform a job in a worker process, which knows a task by the module that defines
     it. A module that is imported there may lack the task, which was defined under the
     guard `if __name__ == "__main__":`, say, or in no file at all."""
@@ -1394,7 +1394,7 @@ def _execute_in_child(module: str, info: JobInfo, *rest) -> Outcome:
         return _failure("unknown-task", info.id, NotRegistered(
             f"a worker process imports {module} and finds no task {info.name} there: "
             "define it at the top level of a module, and not under `if __name__ ...`"))
-    return _execute(info, *rest)
+    return _execute(info, body, reply_to)
 
 
 # =====================================================================================

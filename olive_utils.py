@@ -186,8 +186,8 @@ os.register_at_fork(after_in_child=_forget)
 # soon as one is done, it would cost a round of the loop and a packet of its own.
 #
 #     _send_many ---spawns---> _send_one, for each message
-#         ^                       |
-#         +--(outcome, milliseconds)
+#         ^                        |
+#         +-(outcome, milliseconds)+
 
 LIMIT, BURST = 2000, 500
 CLEAR = "\r\x1b[K"      # tells a terminal to empty the line that the cursor is in
@@ -221,7 +221,8 @@ async def _send_many(client: Client, options: argparse.Namespace) -> int:
     if client.consumers == 0 and not options.no_wait:
         print(f"no app listens on {client.config.queue} yet; waiting", file=sys.stderr)
     screen, outcomes, room = _Screen(options), deque(), sweepea.SchedBarrier()
-    drawing, sent = await sweepea.spawn(screen.keep_drawing), 0
+    drawing = await sweepea.spawn(screen.keep_drawing)
+    sent = 0
     gc.set_threshold(10_000)        # for the same reason as in OliveOly.start
     try:
         while (done := len(screen.latencies)) < options.count:
